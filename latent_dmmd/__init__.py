@@ -1,0 +1,11 @@
+"""Deep MMD gradient flow in the latent space of a frozen autoencoder.
+
+A kernel on learned features, a noise level, a flow.
+"""
+
+from latent_dmmd.features import FeatureNet, MeanEmbeddings
+from latent_dmmd.pipeline import LatentDMMDPipeline
+
+__version__ = "0.1.0"
+
+__all__ = ["FeatureNet", "LatentDMMDPipeline", "MeanEmbeddings"]

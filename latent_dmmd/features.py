@@ -1,0 +1,212 @@
+"""Noise-conditional features φ(x_t, t): the only network of the method.
+
+φ is trained through the gradient of a witness, so it is differentiated twice. Every operation here has a second
+derivative: attention is written as matmul, softmax, matmul (the fused kernels have none), normalisation is over groups
+(batch statistics would couple the samples of a gradient penalty), activations are smooth.
+"""
+
+import math
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from einops import rearrange, reduce
+from torch import Tensor, nn
+
+
+class TimeEmbedding(nn.Module):
+    """Noise level t in [0, 1], with shape (B), to an embedding with shape (B, dim)."""
+
+    def __init__(self, dim: int, num_frequencies: int = 32) -> None:
+        super().__init__()
+        frequencies = torch.exp(torch.linspace(0, math.log(1000), num_frequencies))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(2 * num_frequencies, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = t.float()[:, None] * self.frequencies
+        return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=1))
+
+
+class ResBlock(nn.Module):
+    """Two convolutions, the second modulated by the noise level: (B, C, H, W) and (B, dim) to (B, C', H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int, embedding_dim: int, num_groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(min(num_groups, in_channels), in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.modulation = nn.Linear(embedding_dim, 2 * out_channels)
+        self.norm2 = nn.GroupNorm(min(num_groups, out_channels), out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.act = nn.SiLU()
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv1(self.act(self.norm1(x)))
+        scale, shift = rearrange(self.modulation(embedding), "b (two c) -> two b c 1 1", two=2)
+        h = self.norm2(h) * (1 + scale) + shift
+        return self.skip(x) + self.conv2(self.act(h))
+
+
+class Attention(nn.Module):
+    """Self-attention over positions, (B, C, H, W) to the same, from operations that have a second derivative."""
+
+    def __init__(self, channels: int, num_groups: int, head_dim: int = 32) -> None:
+        super().__init__()
+        self.num_heads = max(1, channels // head_dim)
+        self.norm = nn.GroupNorm(min(num_groups, channels), channels)
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.to_out = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.to_out.weight)
+        nn.init.zeros_(self.to_out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height = x.shape[-2]
+        qkv = self.to_qkv(self.norm(x))
+        q, k, v = rearrange(qkv, "b (three n d) h w -> three b n (h w) d", three=3, n=self.num_heads)
+        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
+        return x + self.to_out(rearrange(weights @ v, "b n (h w) d -> b (n d) h w", h=height))
+
+
+class FeatureNet(ModelMixin, ConfigMixin):
+    """Noise-conditional features φ(x_t, t) from a U-Net with a bilinear head.
+
+    The U-Net maps x_t to F maps h(x_t, t). The head pairs each with a linear map of the input itself,
+
+        φ_i(x_t, t) = (H W)^(−½) Σ_p ℓ_i(p) (h_i(p) + γ_i ℓ_i(p)),        ℓ = W x_t + b,
+
+    with gates γ(x_t, t) from the pooled bottleneck. With W = 0 this is an ordinary pooled output. With W ≠ 0 it also
+    contains ⟨x, u(x, t)⟩ and gated ‖x‖² terms, so that ∇φ can return the network's own output and the input: the
+    field a witness must have near t = 1 is close to x itself.
+
+    Args:
+        sample_size: Side of the particles.
+        in_channels: Channels C of the particles.
+        num_features: Dimension F of φ.
+        patch_size: Side of the non-overlapping patches that become the U-Net's pixels.
+        block_out_channels: Width at each level; the resolution halves from one to the next.
+        layers_per_block: Residual blocks a level, on the way down and again on the way up.
+        attention_levels: Whether a level has attention, for each level.
+        num_groups: Groups of the normalisation.
+
+    Raises:
+        ValueError: If the sizes do not fit each other.
+    """
+
+    _supports_gradient_checkpointing = False
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 16,
+        in_channels: int = 8,
+        num_features: int = 64,
+        patch_size: int = 1,
+        block_out_channels: tuple[int, ...] = (64, 128),
+        layers_per_block: int = 2,
+        attention_levels: tuple[bool, ...] = (False, True),
+        num_groups: int = 8,
+    ) -> None:
+        super().__init__()
+        num_levels = len(block_out_channels)
+        if len(attention_levels) != num_levels:
+            raise ValueError(f"attention_levels needs {num_levels} entries, one a level; got {len(attention_levels)}")
+        if sample_size % (patch_size * 2 ** (num_levels - 1)):
+            raise ValueError(
+                f"sample_size={sample_size} must be a multiple of patch_size × 2^(levels − 1) = "
+                f"{patch_size * 2 ** (num_levels - 1)}"
+            )
+        embedding_dim = 2 * block_out_channels[0]
+        patch_dim = in_channels * patch_size**2
+        self.time_embedding = TimeEmbedding(embedding_dim)
+        self.conv_in = nn.Conv2d(patch_dim, block_out_channels[0], 3, padding=1)
+
+        def level(channels: int, attention: bool, previous: int | None = None) -> nn.ModuleList:
+            inputs = [previous or channels] + [channels] * (layers_per_block - 1)
+            blocks = [ResBlock(c, channels, embedding_dim, num_groups) for c in inputs]
+            return nn.ModuleList(blocks + ([Attention(channels, num_groups)] if attention else []))
+
+        widths = list(block_out_channels)
+        self.down = nn.ModuleList(level(c, a, p) for c, a, p in zip(widths, attention_levels, widths[:1] + widths))
+        self.up = nn.ModuleList(level(c, a) for c, a in zip(widths[::-1], attention_levels[::-1]))
+        self.downsample = nn.ModuleList(nn.Conv2d(c, c, 3, stride=2, padding=1) for c in widths[:-1])
+        self.upsample = nn.ModuleList(nn.Conv2d(c, 4 * d, 1) for c, d in zip(widths[:0:-1], widths[-2::-1]))
+        self.norm_out = nn.GroupNorm(min(num_groups, widths[0]), widths[0])
+        self.conv_out = nn.Conv2d(widths[0], num_features, 3, padding=1)
+        self.act = nn.SiLU()
+        self.lift = nn.Conv2d(patch_dim, num_features, 1)
+        self.gate = nn.Linear(widths[-1] + embedding_dim, num_features)
+        nn.init.ones_(self.lift.bias)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Features of particles at noise levels.
+
+        Args:
+            x: Particles, with shape (B, C, H, W).
+            t: Noise levels in [0, 1], with shape (B) or ().
+
+        Returns:
+            φ(x, t), with shape (B, F), in float32.
+
+        Raises:
+            ValueError: If x does not have the network's channels and size.
+        """
+        expected = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
+        if tuple(x.shape[1:]) != expected:
+            raise ValueError(f"particles must have shape (B, {', '.join(map(str, expected))}); got {tuple(x.shape)}")
+        p = self.config.patch_size
+        x = rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=p, q=p)
+        embedding = self.time_embedding(t.expand(len(x)))
+
+        h = self.conv_in(x)
+        skips = []
+        for i, blocks in enumerate(self.down):
+            h = self.apply_level(blocks, h, embedding)
+            if i < len(self.downsample):
+                skips.append(h)
+                h = self.downsample[i](h)
+        pooled = reduce(h, "b c h w -> b c", "mean")
+        for i, blocks in enumerate(self.up):
+            h = self.apply_level(blocks, h, embedding)
+            if i < len(self.upsample):
+                h = rearrange(self.upsample[i](h), "b (c p q) h w -> b c (h p) (w q)", p=2, q=2) + skips.pop()
+        h = self.conv_out(self.act(self.norm_out(h))).float()
+
+        lift = self.lift(x).float()
+        gate = self.gate(torch.cat([pooled, embedding], dim=1)).float()
+        products = lift * (h + rearrange(gate, "b f -> b f 1 1") * lift)
+        return reduce(products, "b f h w -> b f", "sum") * (h.shape[-2] * h.shape[-1]) ** -0.5
+
+    @staticmethod
+    def apply_level(blocks: nn.ModuleList, h: Tensor, embedding: Tensor) -> Tensor:
+        for block in blocks:
+            h = block(h, embedding) if isinstance(block, ResBlock) else block(h)
+        return h
+
+
+class MeanEmbeddings(ModelMixin, ConfigMixin):
+    """The stored mean embeddings of every noise level: all that sampling needs besides φ.
+
+    Buffers, for the levels t_1 < … < t_T: `levels` (T); `clean` and `noisy`, E φ(x_0, t_k) and E φ(x_t, t_k) at
+    t = t_k, with shape (T, F); `displacement`, d(t_k), with shape (T); `gradient_scale`, the s_k for which
+    s_k ∇⟨φ(x_t, t_k), noisy_k − clean_k⟩ predicts x_t − x_0, with shape (T).
+
+    Args:
+        num_noise_levels: T.
+        num_features: F.
+    """
+
+    @register_to_config
+    def __init__(self, num_noise_levels: int = 25, num_features: int = 64) -> None:
+        super().__init__()
+        for name in ("levels", "displacement", "gradient_scale"):
+            self.register_buffer(name, torch.zeros(num_noise_levels))
+        for name in ("clean", "noisy"):
+            self.register_buffer(name, torch.zeros(num_noise_levels, num_features))
+
+    @property
+    def delta(self) -> Tensor:
+        """Δ at every level, with shape (T, F)."""
+        return self.noisy - self.clean

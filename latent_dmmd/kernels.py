@@ -1,0 +1,103 @@
+"""Base kernels k(x, y) on features.
+
+A noise-adaptive kernel is a base kernel on noise-conditional features, k_t(z, z') = k(φ(z, t), φ(z', t)). Every kernel
+here maps features of shape (N, F) and (M, F) to the Gram matrix (N, M) in float32 or better, whatever the autocast
+state, and has second derivatives everywhere: squared distances are written out, since `torch.cdist` has none.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """‖x_i − y_j‖² for all pairs, clamped at 0.
+
+    Args:
+        x: Features, with shape (N, F).
+        y: Features, with shape (M, F).
+
+    Returns:
+        The squared Euclidean distances, with shape (N, M).
+    """
+    distances = x.square().sum(1)[:, None] + y.square().sum(1)[None, :] - 2 * x @ y.T
+    return distances.clamp(min=0)
+
+
+class Kernel(nn.Module):
+    """Base class: `forward` casts features to at least float32 outside autocast and calls `gram`."""
+
+    def gram(self, x: Tensor, y: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
+            raise ValueError(f"features must be (N, F) and (M, F); got {tuple(x.shape)} and {tuple(y.shape)}")
+        # bf16 loses the difference of nearly equal means
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            return self.gram(x.to(dtype), y.to(dtype))
+
+
+class LinearKernel(Kernel):
+    """k(x, y) = ⟨x, y⟩, the paper's choice: mean embeddings are vectors, and all sums cost O(N)."""
+
+    def gram(self, x: Tensor, y: Tensor) -> Tensor:
+        return x @ y.T
+
+
+class GaussianKernel(Kernel):
+    """k(x, y) = Σ_b exp(−‖x − y‖² / (2 b²)), summed over the bandwidths b.
+
+    Args:
+        bandwidth: One bandwidth, several, or "median": the median distance of the pooled points, found anew at each
+            call and treated as a constant (Gretton et al., 2012, sec. 8).
+
+    Raises:
+        ValueError: If a bandwidth is not positive.
+    """
+
+    def __init__(self, bandwidth: float | list[float] | tuple[float, ...] | str = 1.0) -> None:
+        super().__init__()
+        if isinstance(bandwidth, str):
+            if bandwidth != "median":
+                raise ValueError(f"bandwidth must be positive numbers or 'median'; got {bandwidth!r}")
+            self.bandwidths = None
+        else:
+            self.bandwidths = tuple(bandwidth) if isinstance(bandwidth, (list, tuple)) else (bandwidth,)
+            if not self.bandwidths or min(self.bandwidths) <= 0:
+                raise ValueError(f"bandwidths must be positive; got {bandwidth}")
+
+    def gram(self, x: Tensor, y: Tensor) -> Tensor:
+        distances = squared_distances(x, y)
+        bandwidths = (median_distance(x, y),) if self.bandwidths is None else self.bandwidths
+        return sum(torch.exp(-distances / (2 * b**2)) for b in bandwidths)
+
+
+class RationalQuadraticKernel(Kernel):
+    """k(x, y) = (1 + ‖x − y‖² / (2 α b²))^(−α), a scale mixture of Gaussian kernels.
+
+    Args:
+        alpha: The mixture parameter α; the kernel tends to the Gaussian one as α → ∞.
+        bandwidth: The length scale b.
+
+    Raises:
+        ValueError: If alpha or bandwidth is not positive.
+    """
+
+    def __init__(self, alpha: float = 1.0, bandwidth: float = 1.0) -> None:
+        super().__init__()
+        if alpha <= 0 or bandwidth <= 0:
+            raise ValueError(f"alpha and bandwidth must be positive; got {alpha} and {bandwidth}")
+        self.alpha, self.bandwidth = alpha, bandwidth
+
+    def gram(self, x: Tensor, y: Tensor) -> Tensor:
+        distances = squared_distances(x, y)
+        return (1 + distances / (2 * self.alpha * self.bandwidth**2)) ** -self.alpha
+
+
+@torch.no_grad()
+def median_distance(x: Tensor, y: Tensor) -> Tensor:
+    """The median Euclidean distance between distinct points of x and y pooled, with shape ()."""
+    points = torch.cat([x, y])
+    i, j = torch.triu_indices(len(points), len(points), offset=1, device=points.device)
+    return squared_distances(points, points)[i, j].median().clamp(min=1e-12).sqrt()

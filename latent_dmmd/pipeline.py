@@ -1,0 +1,144 @@
+"""The diffusers pipeline: noise, gradient flow in latent space, decoded pictures."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from latent_dmmd.features import FeatureNet, MeanEmbeddings
+from latent_dmmd.flow import FlowStep, Sampler, flow_schedule, gradient_flow
+from latent_dmmd.latents import Autoencoder, decode_pixels, unstandardise
+
+
+class LatentDMMDPipeline(DiffusionPipeline):
+    """Unconditional generation by the noise-adaptive MMD gradient flow in the latent space of an autoencoder.
+
+    Load a saved one with `LatentDMMDPipeline.from_pretrained(folder)`; nothing but safetensors and JSON is read.
+
+    Args:
+        feature_net: The noise-conditional features φ.
+        mean_embeddings: Their stored means at every noise level.
+        vae: The frozen autoencoder; None if particles are pixels in [-1, 1].
+        latents_mean: Mean of raw latents per channel, of length C.
+        latents_std: Standard deviation of raw latents per channel, of length C.
+    """
+
+    model_cpu_offload_seq = "feature_net->vae"
+    _optional_components = ["vae"]
+
+    def __init__(
+        self,
+        feature_net: FeatureNet,
+        mean_embeddings: MeanEmbeddings,
+        vae: Autoencoder | None = None,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
+    ) -> None:
+        super().__init__()
+        channels = feature_net.config.in_channels
+        latents_mean = latents_mean if latents_mean is not None else [0.0] * channels
+        latents_std = latents_std if latents_std is not None else [1.0] * channels
+        expected = vae.config.latent_channels if vae is not None else channels
+        if not len(latents_mean) == len(latents_std) == channels == expected:
+            raise ValueError(
+                f"the autoencoder has {expected} latent channels, the features take {channels}, the statistics have "
+                f"{len(latents_mean)}; use the autoencoder that the features were trained with"
+            )
+        self.register_modules(feature_net=feature_net, mean_embeddings=mean_embeddings, vae=vae)
+        self.register_to_config(latents_mean=list(latents_mean), latents_std=list(latents_std))
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        num_noise_levels: int = 25,
+        steps_per_level: int = 4,
+        sampler: Sampler = "approximate",
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        step_size: float | None = None,
+        chunk_size: int | None = 64,
+        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["LatentDMMDPipeline", int, float, dict], dict] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Generate pictures; num_noise_levels × steps_per_level evaluations of φ and its gradient each.
+
+        Args:
+            batch_size: Number of particles, hence of pictures. With the exact sampler they interact.
+            num_noise_levels: Noise levels K, at most the stored ones.
+            steps_per_level: Gradient steps N_s at each.
+            sampler: "approximate" (stored mean embeddings, independent particles), "exact" (mean embeddings of the
+                particles) or "hybrid" (exact for the last levels).
+            generator: Source of the initial noise; a list gives every picture its own.
+            latents: Initial standardised particles, with shape (batch_size, C, h, w), instead of noise.
+            step_size: A constant η instead of the calibrated one.
+            chunk_size: Particles that pass through φ or the decoder at once; all if None.
+            output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent": the final
+                standardised particles.
+            return_dict: Whether to return an `ImagePipelineOutput` rather than a tuple.
+            callback_on_step_end: Called as f(pipeline, step, t, {"latents": z}); may return {"latents": z'}.
+
+        Returns:
+            The pictures as `.images`.
+
+        Raises:
+            ValueError: If an argument is out of range or `latents` has the wrong shape.
+        """
+        # 1. check
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent'; got {output_type!r}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        config = self.feature_net.config
+        shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
+        steps = flow_schedule(self.mean_embeddings, sampler, num_noise_levels, steps_per_level, step_size)
+
+        # 2. initial particles
+        device, dtype = self._execution_device, torch.float32
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents must have shape {shape}; got {tuple(latents.shape)}")
+        z = latents.to(device=device, dtype=dtype)
+
+        # 3. flow
+        levels = self.mean_embeddings.levels.tolist()
+        with self.progress_bar(total=len(steps)) as progress:
+
+            def after_step(i: int, step: FlowStep, z: Tensor) -> Tensor:
+                progress.update()
+                if callback_on_step_end is None:
+                    return z
+                returned = callback_on_step_end(self, i, levels[step.level], {"latents": z})
+                return (returned or {}).get("latents", z)
+
+            z = gradient_flow(
+                self.feature_net,
+                z,
+                self.mean_embeddings,
+                steps,
+                rescale=step_size is None,
+                chunk_size=chunk_size,
+                callback=after_step,
+            )
+
+        # 4. decode
+        images = z if output_type == "latent" else self.decode(z, output_type, chunk_size)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @torch.no_grad()
+    def decode(
+        self, z: Tensor, output_type: Literal["pil", "np", "pt"] = "pil", chunk_size: int | None = 64
+    ) -> Tensor | list:
+        """Pictures of standardised particles (B, C, h, w), `chunk_size` at a time."""
+        raw = unstandardise(z, self.config.latents_mean, self.config.latents_std)
+        if self.vae is not None:
+            raw = torch.cat([decode_pixels(self.vae, chunk) for chunk in raw.split(chunk_size or len(raw))])
+        return self.image_processor.postprocess(raw, output_type=output_type)

@@ -1,0 +1,58 @@
+"""Score generated pictures against real ones: print a table, write JSON.
+
+python scripts/evaluate.py runs/elpv/samples elpv:heldout --output runs/elpv/evaluation.json
+"""
+
+import sys
+
+import torch
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
+from torch.utils.data import Dataset, Subset
+
+from latent_dmmd.data import load_pictures
+from latent_dmmd.evaluation import evaluate
+from latent_dmmd.latents import BUNDLED_AUTOENCODER, load_autoencoder, reconstruct
+
+
+class Reconstructions(Dataset):
+    def __init__(self, name_or_path: str, pictures: Dataset) -> None:
+        self.vae, self.pictures = load_autoencoder(name_or_path), pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return reconstruct(self.vae, self.pictures[i][None])[0]
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("generated", help="Folder of pictures, elpv:train or elpv:heldout.")
+    parser.add_argument("reference", help="The real pictures, given alike.")
+    parser.add_argument("--output", type=str, required=True, help="JSON file of the scores.")
+    parser.add_argument("--autoencoder", type=str | None, help="Folder or hub name, to score its reconstructions, too.")
+    parser.add_argument("--resolution", type=PositiveInt, default=256, help="Side in pixels of all pictures.")
+    parser.add_argument("--num_images", type=PositiveInt | None, help="At most so many of each set, at random.")
+    keys = parser.add_function_arguments(evaluate, skip={"generated", "reference", "reconstructions", "floor_pictures"})
+    args = parser.parse_args()
+
+    sets = [load_pictures(name, resolution=args.resolution) for name in (args.generated, args.reference)]
+    floor = load_pictures("elpv:train", resolution=args.resolution) if args.reference == "elpv:heldout" else None
+    if args.num_images is not None:
+        draw = torch.Generator().manual_seed(args.seed)
+        sets = [Subset(s, torch.randperm(len(s), generator=draw)[: args.num_images].tolist()) for s in sets]
+    autoencoder = args.autoencoder or (BUNDLED_AUTOENCODER if args.reference.startswith("elpv") else None)
+    reconstructions = Reconstructions(autoencoder, sets[1]) if autoencoder else None
+    options = {key: args[key] for key in keys}
+    scores = evaluate(*sets, reconstructions=reconstructions, floor_pictures=floor, **options)
+    print(scores)
+    scores.save(args.output)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ImportError, OSError, ValueError) as error:
+        print("evaluate.py:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)

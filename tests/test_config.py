@@ -1,0 +1,213 @@
+import re
+
+import pytest
+import yaml
+
+from latent_dmmd.config import Config, ConfigError, as_dict, differing_keys, key_names, parse_config, save_config
+
+
+@pytest.fixture
+def write(tmp_path):
+    """From YAML to the arguments that read it."""
+
+    def write(text, name="a.yaml"):
+        (tmp_path / name).write_text(text)
+        return ["--config", str(tmp_path / name)]
+
+    return write
+
+
+def message(args):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(Config, args)
+    text = str(caught.value)
+    assert text and "\n" not in text and "functools" not in text
+    return text
+
+
+def test_defaults():
+    assert parse_config(Config, []) == Config()
+
+
+def test_command_line_and_file_override(write):
+    args = write("training:\n  num_steps: 7\n  seed: 3\nobjective: {name: dmmd}\n")
+    config = parse_config(Config, [*args, "--training.num_steps", "9", "--feature_net.block_out_channels", "[8, 16]"])
+    assert (config.training.num_steps, config.training.seed, config.objective.name) == (9, 3, "dmmd")
+    assert config.feature_net.block_out_channels == [8, 16]
+    assert config.training.ema_decay == Config().training.ema_decay
+
+
+def test_later_files_win(write):
+    first = write("training:\n  num_steps: 7\n  learning_rate: 3e-4\n", "first.yaml")
+    second = write("training:\n  num_steps: 9\n", "second.yaml")
+    config = parse_config(Config, first + second)
+    assert (config.training.num_steps, config.training.learning_rate) == (9, 3e-4)
+    assert parse_config(Config, second + first).training.num_steps == 7
+
+
+def test_exponent_without_a_point_is_a_number(write):
+    for args in (["--training.learning_rate", "3e-4"], write("training:\n  learning_rate: 3e-4\n")):
+        rate = parse_config(Config, args).training.learning_rate
+        assert isinstance(rate, float) and rate == 3e-4
+
+
+def test_null(write):
+    args = write("data:\n  cache_dir: null\n")
+    assert parse_config(Config, ["--data.cache_dir", "x", *args]).data.cache_dir is None
+    assert parse_config(Config, ["--resume_from_checkpoint", "null"]).resume_from_checkpoint is None
+
+
+def test_elpv_trains_on_its_train_split():
+    assert parse_config(Config, ["--data.name_or_path", "elpv"]).data.name_or_path == "elpv:train"
+
+
+@pytest.mark.parametrize(
+    "given, nearest",
+    [
+        ("training.num_step", "training.num_steps"),
+        ("num_steps", "training.num_steps"),
+        ("trainin.num_steps", "training.num_steps"),
+        ("training.num-steps", "training.num_steps"),
+        ("output_dirr", "output_dir"),
+        ("data.resolutoin", "data.resolution"),
+    ],
+)
+def test_unknown_key_names_the_nearest(write, given, nearest):
+    expected = f"no such key: {given}; did you mean {nearest}?"
+    assert message([f"--{given}", "3"]) == expected
+    assert message([f"--{given}=3"]) == expected
+    nested = 3
+    for part in reversed(given.split(".")):
+        nested = {part: nested}
+    found = message(write(yaml.safe_dump(nested)))
+    assert found == expected
+
+
+def test_unknown_key_far_from_any():
+    assert message(["--zzzzzz", "3"]) == "no such key: zzzzzz"
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("training.num_steps", "many"),
+        ("training.num_steps", "1.5"),
+        ("training.num_steps", "true"),
+        ("training.learning_rate", "fast"),
+        ("training.log_with", "mlflow"),
+        ("training.mixed_precision", "int8"),
+        ("data.horizontal_flip", "maybe"),
+        ("data.on_bad_image", "ignore"),
+        ("objective.name", "gan"),
+        ("objective.mean_embeddings", "none"),
+        ("sampling.sampler", "euler"),
+        ("feature_net.block_out_channels", "[wide]"),
+    ],
+)
+def test_wrong_type(write, key, value):
+    group, name = key.split(".")
+    for args in ([f"--{key}", value], write(f"{group}:\n  {name}: {value}\n")):
+        assert key in message(args)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("training.num_steps", "0"),
+        ("training.levels_per_step", "0"),
+        ("training.pairs_per_level", "1"),
+        ("training.learning_rate", "0.0"),
+        ("training.learning_rate", ".nan"),
+        ("training.num_warmup_steps", "-1"),
+        ("training.max_grad_norm", "0.0"),
+        ("training.ema_decay", "1.0"),
+        ("training.checkpointing_steps", "0"),
+        ("training.checkpoints_total_limit", "0"),
+        ("training.log_every", "0"),
+        ("training.seed", "-1"),
+        ("data.resolution", "0"),
+        ("data.num_workers", "-1"),
+        ("autoencoder.batch_size", "0"),
+        ("feature_net.num_features", "0"),
+        ("feature_net.patch_size", "0"),
+        ("feature_net.layers_per_block", "0"),
+        ("feature_net.block_out_channels", "[8, -8]"),
+        ("feature_net.attention_levels", "[true]"),
+        ("objective.forward_process", "cubic"),
+        ("objective.num_noise_levels", "0"),
+        ("objective.momentum", "1.0"),
+        ("objective.momentum", ".nan"),
+        ("objective.refresh_every", "0"),
+        ("objective.gradient_center", "0.5"),
+        ("objective.gradient_weight", "-1.0"),
+        ("objective.feature_weight", "-1.0"),
+        ("sampling.num_images", "0"),
+        ("sampling.steps_per_level", "0"),
+        ("sampling.num_noise_levels", "0"),
+        ("sampling.num_noise_levels", "26"),
+    ],
+)
+def test_out_of_range(write, key, value):
+    group, name = key.split(".")
+    for args in ([f"--{key}", value], write(f"{group}:\n  {name}: {value}\n")):
+        text = message(args)
+        assert key in text
+        assert value.lstrip(".") in text or key == "feature_net.attention_levels"
+
+
+def test_no_channels():
+    assert "block_out_channels" in message(
+        ["--feature_net.block_out_channels", "[]", "--feature_net.attention_levels", "[]"]
+    )
+
+
+def test_fp16_is_refused_with_a_reason():
+    text = message(["--training.mixed_precision", "fp16"])
+    assert "training.mixed_precision=fp16" in text and "overflows" in text and "bf16" in text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "# nothing\n", "- a\n- b\n", "3\n", "training: [1,\n", "training: 3\n", "training:\n", "training: x\n"],
+)
+def test_file_that_holds_no_settings(write, text):
+    message(write(text))
+
+
+def test_missing_file(tmp_path):
+    assert "nope.yaml" in message(["--config", str(tmp_path / "nope.yaml")])
+    message(["--config", str(tmp_path)])
+
+
+def test_stray_arguments():
+    assert "stray" in message(["stray"])
+    assert "training.num_steps" in message(["--training.num_steps"])
+
+
+def test_saved_configuration_parses_back(tmp_path):
+    args = "--training.learning_rate 3e-7 --training.mixed_precision no --data.name_or_path hub/name:train[:5]".split()
+    config = parse_config(Config, [*args, "--output_dir", "rüns/ä b: c #1"])
+    save_config(config, tmp_path / "config.yaml")
+    again = parse_config(Config, ["--config", str(tmp_path / "config.yaml")])
+    assert again == config != Config()
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == as_dict(config)
+    save_config(Config(), tmp_path / "default.yaml")
+    assert parse_config(Config, ["--config", str(tmp_path / "default.yaml")]) == Config()
+
+
+def test_differing_keys(tmp_path):
+    path = tmp_path / "config.yaml"
+    save_config(Config(), path)
+    assert differing_keys(Config(), path) == []
+    args = "--training.num_steps 9 --objective.name dmmd --output_dir elsewhere --resume_from_checkpoint latest".split()
+    assert differing_keys(parse_config(Config, args), path) == ["objective.name", "training.num_steps"]
+    path.write_text("training:\n  num_epochs: 3\n")
+    assert "training.num_epochs" in differing_keys(Config(), path)
+
+
+def test_every_key_is_documented():
+    for config_class in (Config, *(type(getattr(Config(), name)) for name in as_dict(Config()))):
+        if config_class.__module__ != Config.__module__:
+            continue
+        documented = re.findall(r"^ +(\w+): ", config_class.__doc__.split("Args:")[1], re.M)
+        assert documented == [n for n in key_names(config_class) if "." not in n]

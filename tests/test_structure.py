@@ -1,0 +1,68 @@
+"""Imports run one way, and the README says what is true."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ORDER = [
+    "kernels",
+    "forward",
+    "discrepancy",
+    "features",
+    "objective",
+    "flow",
+    "latents",
+    "data",
+    "pipeline",
+    "pictures",
+    "config",
+    "training",
+    "evaluation",
+    "autoencoder",
+]
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_imports_run_one_way():
+    modules = {p.stem: p for p in (ROOT / "latent_dmmd").glob("*.py") if p.stem != "__init__"}
+    assert set(modules) == set(ORDER)
+    for name, path in modules.items():
+        for imported in imports_of(path):
+            if imported.startswith("latent_dmmd."):
+                assert ORDER.index(imported.split(".")[1]) < ORDER.index(name), f"{name} imports {imported}"
+
+
+def test_own_code_does_not_import_torchvision():
+    for path in [*(ROOT / "latent_dmmd").glob("*.py"), *(ROOT / "scripts").glob("*.py")]:
+        assert not any(name.split(".")[0] == "torchvision" for name in imports_of(path)), path
+
+
+def test_scripts_are_thin():
+    for path in (ROOT / "scripts").glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 60, path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_configs_parse(path):
+    from latent_dmmd.config import Config, parse_config
+
+    parse_config(Config, ["--config", str(path)])
+
+
+def test_readme_snippets_run(tmp_path, monkeypatch):
+    pytest.importorskip("elpv_dataset")
+    monkeypatch.chdir(ROOT)
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert snippets
+    for snippet in snippets:
+        exec(compile(snippet.replace("OUTPUT", str(tmp_path)), "README.md", "exec"), {})

@@ -1,0 +1,188 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from latent_dmmd import LatentDMMDPipeline
+from latent_dmmd.config import Config, ConfigError, parse_config
+from latent_dmmd.training import draw_batch, learning_rate_at, train
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def arguments(tiny_vae, tiny_pictures, tmp_path):
+    tiny_vae.save_pretrained(tmp_path / "vae")
+    settings = {
+        "data": {"name_or_path": str(tiny_pictures), "resolution": 32, "cache_dir": str(tmp_path / "cache")},
+        "autoencoder": {"name_or_path": str(tmp_path / "vae")},
+        "feature_net": {
+            "num_features": 8,
+            "patch_size": 1,
+            "block_out_channels": [8],
+            "layers_per_block": 1,
+            "attention_levels": [True],
+        },
+        "objective": {"num_noise_levels": 4},
+        "training": {
+            "num_steps": 6,
+            "levels_per_step": 2,
+            "pairs_per_level": 4,
+            "checkpointing_steps": 3,
+            "log_every": 1,
+            "mixed_precision": "no",
+        },
+        "sampling": {"num_images": 2, "num_noise_levels": 4, "steps_per_level": 1},
+    }
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return ["--config", str(path), "--output_dir", str(tmp_path / "run")]
+
+
+def script(name, *args, **environment):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", str(ROOT / "scripts" / name)]
+    if name != "train_latent.py":
+        command = [sys.executable, str(ROOT / "scripts" / name)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run([*command, *args], capture_output=True, text=True, env=env)
+
+
+def weights(folder):
+    return LatentDMMDPipeline.from_pretrained(folder / "pipeline").feature_net.state_dict()
+
+
+@pytest.mark.parametrize("objective", [["dmmd"], ["witness-matching"], ["witness-matching", "batch"]])
+def test_run_folder(arguments, tmp_path, objective):
+    extra = ["--objective.name", objective[0], "--training.learning_rate", "1e-4"]
+    extra += ["--objective.mean_embeddings", objective[1]] if len(objective) > 1 else []
+    folder = train(parse_config(Config, arguments + extra))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    terms = {"dmmd": {"mmd2", "gradient_penalty", "feature_penalty"}, "witness-matching": {"matching", "mmd"}}
+    assert terms[objective[0]] <= set(lines[0])
+    assert Image.open(folder / "samples.png").width == 8 * 32
+    assert (folder / "losses.png").stat().st_size > 1000
+    assert parse_config(Config, ["--config", str(folder / "config.yaml")]).training.num_steps == 6
+    assert {p.name for p in folder.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
+    assert not list(folder.glob(".*"))
+    assert "license" in (folder / "pipeline" / "README.md").read_text()
+    pipe = LatentDMMDPipeline.from_pretrained(folder / "pipeline")
+    assert pipe(num_noise_levels=4, steps_per_level=1, sampler="exact", output_type="pt").images.isfinite().all()
+
+
+def test_resume_is_exact(arguments, tmp_path):
+    """6 steps = 3 steps, killed, 3 steps: bitwise, in weights and metrics."""
+    whole = train(parse_config(Config, arguments))
+    broken = tmp_path / "broken"
+    import shutil
+
+    shutil.copytree(whole, broken)
+    for name in ("checkpoint-6", "pipeline"):
+        shutil.rmtree(broken / name)
+    resumed = train(parse_config(Config, [*arguments, "--output_dir", str(broken)]))
+    for (name, a), b in zip(weights(whole).items(), weights(resumed).values()):
+        assert torch.equal(a, b), name
+    without_time = lambda p: [  # noqa: E731
+        {k: v for k, v in json.loads(line).items() if k != "seconds"} for line in p.read_text().splitlines()
+    ]
+    assert without_time(whole / "metrics.jsonl") == without_time(resumed / "metrics.jsonl")
+
+
+def test_refuses_another_configuration_in_the_same_folder(arguments, tmp_path):
+    folder = train(parse_config(Config, arguments))
+    before = (folder / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match="training.learning_rate"):
+        train(parse_config(Config, [*arguments, "--training.learning_rate", "0.5"]))
+    assert (folder / "config.yaml").read_text() == before
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").write_text("")
+    with pytest.raises(ConfigError, match="not empty"):
+        train(parse_config(Config, [*arguments, "--output_dir", str(tmp_path / "foreign")]))
+
+
+def test_not_finite_stops_before_the_update(arguments, tmp_path, monkeypatch):
+    from latent_dmmd.objective import WitnessMatching
+
+    original = WitnessMatching.forward
+    calls = []
+
+    def poisoned(self, batch):
+        terms = original(self, batch)
+        calls.append(1)
+        if len(calls) < 5:
+            return terms
+        nan = torch.tensor(float("nan"))
+        return terms._replace(total=terms.total * nan, named={**terms.named, "matching": nan})
+
+    monkeypatch.setattr(WitnessMatching, "forward", poisoned)
+    with pytest.raises(FloatingPointError, match="step 4: matching"):
+        train(parse_config(Config, arguments))
+    assert (tmp_path / "run" / "checkpoint-3").is_dir() and not (tmp_path / "run" / "pipeline").exists()
+
+
+def test_batches_are_a_function_of_seed_rank_and_step(arguments):
+    config = parse_config(Config, arguments)
+    from latent_dmmd.data import LatentCache
+
+    cache = LatentCache(torch.randn(5, 2, 4, 2, 2), None, torch.zeros(4), torch.ones(4))
+    a, again = (draw_batch(cache, config.training, 4, rank=0, step=7) for _ in range(2))
+    other_rank = draw_batch(cache, config.training, 4, rank=1, step=7)
+    assert all(torch.equal(x, y) for x, y in zip(a, again))
+    assert torch.equal(a.level, other_rank.level) and not torch.equal(a.eps, other_rank.eps)
+    levels = torch.stack([draw_batch(cache, config.training, 4, 0, step).level for step in range(200)])
+    assert (levels[:, 0] < 2).all() and (levels[:, 1] >= 2).all() and levels.unique().tolist() == [0, 1, 2, 3]
+
+
+def test_learning_rate():
+    config = parse_config(Config, ["--training.num_steps", "100", "--training.num_warmup_steps", "10"]).training
+    rates = [learning_rate_at(step, config) for step in range(101)]
+    assert rates[0] == pytest.approx(1e-4) and max(rates) <= 1e-3 and rates[100] == pytest.approx(1e-4)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_scripts_end_to_end(arguments, tmp_path):
+    trained = script("train_latent.py", *arguments, "--training.mixed_precision", "bf16")
+    assert trained.returncode == 0, trained.stderr
+    last = trained.stdout.strip().splitlines()[-2:]
+    assert "samples.png" in last[0] and "scripts/sample.py" in last[1]
+    out = tmp_path / "samples"
+    sampled = script(
+        "sample.py", "--pipeline", str(tmp_path / "run" / "pipeline"), "--num_images", "3", "--output_dir", str(out),
+        "--num_noise_levels", "4", "--steps_per_level", "1", "--seed", "1",
+    )  # fmt: skip
+    assert sampled.returncode == 0, sampled.stderr
+    assert sorted(p.name for p in (out / "images").iterdir()) == ["00000.png", "00001.png", "00002.png"]
+    assert Image.open(out / "images" / "00000.png").size == (32, 32) and (out / "grid.png").exists()
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (["--training.num_step", "3"], "did you mean training.num_steps"),
+        (["--training.num_steps", "many"], "training.num_steps"),
+        (["--training.num_steps", "-1"], "must be positive"),
+        (["--training.mixed_precision", "fp16"], "bf16"),
+        (["--data.name_or_path", "/nowhere/at/all"], "no folder"),
+        (["--autoencoder.name_or_path", "/nowhere/at/all"], "no autoencoder"),
+        (["--resume_from_checkpoint", "/nowhere/at/all"], "no checkpoint"),
+        (["--feature_net.patch_size", "7"], "multiple of"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(arguments, tmp_path, extra, message, capsys, monkeypatch):
+    """The script's own main, in this process, since a launch takes seconds."""
+    import runpy
+
+    monkeypatch.setattr(sys, "argv", ["train_latent.py", *arguments, *extra])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "scripts" / "train_latent.py"), run_name="__main__")
+    assert stop.value.code not in (0, None)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and message in lines[0], lines
+    run = tmp_path / "run"
+    assert not run.exists() or not any(run.iterdir())
