@@ -45,7 +45,7 @@ class DataConfig:
     name_or_path: str = "elpv:train"
     resolution: int = 256
     image_column: str = "image"
-    horizontal_flip: bool = True
+    horizontal_flip: bool = False
     on_bad_image: OnBadImage = "error"
     cache_dir: str | None = None
     num_workers: int = 0
@@ -67,7 +67,7 @@ class AutoencoderConfig:
     """
 
     name_or_path: str = BUNDLED_AUTOENCODER
-    batch_size: int = 16
+    batch_size: int = 8
 
     def __post_init__(self) -> None:
         check(self.batch_size > 0, f"autoencoder.batch_size must be positive; got {self.batch_size}")
@@ -87,7 +87,7 @@ class FeatureNetConfig:
 
     num_features: int = 64
     patch_size: int = 2
-    block_out_channels: list[int] = field(default_factory=lambda: [128, 192])
+    block_out_channels: list[int] = field(default_factory=lambda: [96, 128])
     layers_per_block: int = 2
     attention_levels: list[bool] = field(default_factory=lambda: [False, True])
 
@@ -164,7 +164,7 @@ class TrainingConfig:
         seed: Seed of weights, data order and noise.
     """
 
-    num_steps: int = 600
+    num_steps: int = 1000
     levels_per_step: int = 8
     pairs_per_level: int = 8
     learning_rate: float = 1e-3
@@ -205,7 +205,7 @@ class SamplingConfig:
     """
 
     num_images: int = 32
-    sampler: Sampler = "approximate"
+    sampler: Sampler = "exact"
     num_noise_levels: int = 25
     steps_per_level: int = 2
     seed: int = 0

@@ -78,12 +78,12 @@ def read_picture(source: str | Path | bytes, resolution: int, name: str | None =
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB of a picture in any mode: the first frame, 16-bit grey scaled, transparency composited on white.
 
-    Raises ValueError for floating-point pixels, whose range is not known.
+    Raises ValueError for 32-bit pixels, whose range is not known.
     """
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range; save it with 8 bits")
-    if image.mode.startswith("I;16") or image.mode == "I":
-        return Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("32-bit pixels have no known range; save it with 8 or 16 bits")
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -9,8 +9,8 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
-from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 
@@ -173,18 +173,19 @@ def embeddings_for_sampling(
         embeddings.gradient_scale.copy_(objective.gradient_length() / embeddings.delta.norm(dim=1))
         return embeddings
 
-    def pairs(k: int) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = keyed_generator(seed, 0, k)
+    still = []
+    for k in tqdm(range(len(levels)), desc="mean embeddings", unit="level"):
+        generator, pairs = keyed_generator(seed, 0, k), []
         for _ in range(NUM_MEASURED_PAIRS // 32):
             x_0 = cache.draw(32, generator)
             eps = torch.randn(x_0.shape, generator=generator)
             x_t = objective.process.sample(x_0, levels[k].cpu().expand(len(x_0)), eps)
-            yield x_0.to(device), x_t.to(device)
-
-    for k in tqdm(range(len(levels)), desc="mean embeddings", unit="level"):
-        embeddings.clean[k], embeddings.noisy[k], embeddings.gradient_scale[k] = measure_embeddings(
-            feature_net, pairs(k), k, levels[k]
-        )
+            pairs.append((x_0.to(device), x_t.to(device)))
+        clean, noisy, scale = measure_embeddings(feature_net, pairs, levels[k])
+        embeddings.clean[k], embeddings.noisy[k], embeddings.gradient_scale[k] = clean, noisy, scale
+        still += [f"{levels[k].item():.2f}"] if scale == 0 else []
+    if still:
+        print(f"the witness does not point towards the data at t = {', '.join(still)}: train longer", file=sys.stderr)
     return embeddings
 
 

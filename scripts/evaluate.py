@@ -27,7 +27,7 @@ class Reconstructions(Dataset):
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("generated", help="Folder of pictures, elpv:train or elpv:heldout.")
     parser.add_argument("reference", help="The real pictures, given alike.")
     parser.add_argument("--output", type=str, required=True, help="JSON file of the scores.")

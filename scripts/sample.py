@@ -14,14 +14,14 @@ from latent_dmmd.pictures import labelled_grid, save_pngs
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--pipeline", type=str, required=True, help="Folder of a saved pipeline.")
     parser.add_argument("--num_images", type=PositiveInt, default=64, help="Pictures, hence particles.")
     parser.add_argument("--output_dir", type=str, required=True, help="Where the PNG files and grid.png go.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the initial particles.")
-    parser.add_argument("--sampler", type=Sampler, default="approximate", help="Which witness.")
+    parser.add_argument("--sampler", type=Sampler, default="exact", help="Which witness.")
     parser.add_argument("--num_noise_levels", type=PositiveInt, default=25, help="Noise levels of the flow.")
-    parser.add_argument("--steps_per_level", type=PositiveInt, default=4, help="Gradient steps at each level.")
+    parser.add_argument("--steps_per_level", type=PositiveInt, default=2, help="Gradient steps at each level.")
     args = parser.parse_args()
 
     if not (Path(args.pipeline) / "model_index.json").exists():

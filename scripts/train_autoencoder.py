@@ -9,8 +9,8 @@ import torch
 from tqdm.auto import tqdm
 
 from latent_dmmd.autoencoder import AutoencoderTrainingConfig, train_autoencoder
-from latent_dmmd.config import ConfigError, parse_config
-from latent_dmmd.data import DataError, load_pictures
+from latent_dmmd.config import parse_config
+from latent_dmmd.data import load_pictures
 
 
 def main() -> None:
@@ -25,6 +25,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ConfigError, DataError, ImportError, OSError, FloatingPointError) as error:
+    except (ValueError, ImportError, OSError, FloatingPointError) as error:
         print(f"train_autoencoder.py: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -2,8 +2,7 @@
 
 import sys
 
-from latent_dmmd.config import Config, ConfigError, parse_config
-from latent_dmmd.data import DataError
+from latent_dmmd.config import Config, parse_config
 from latent_dmmd.training import train
 
 
@@ -16,6 +15,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ConfigError, DataError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"train_latent.py: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

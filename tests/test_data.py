@@ -93,6 +93,7 @@ ODD = {
     "1 bit": ("a.png", lambda p: solid("1", 1).save(p), WHITE),
     "16-bit grey": ("a.png", sixteen_bits, (128, 128, 128)),
     "16-bit TIFF": ("a.tif", sixteen_bits, (128, 128, 128)),
+    "16-bit TIFF, big-endian": ("a.tif", lambda p: solid("I;16B", 0x80FF).save(p), (128, 128, 128)),
     "LA, half transparent": ("a.png", lambda p: solid("LA", (0, 51)).save(p), (204, 204, 204)),
     "RGBA, transparent red": ("a.png", lambda p: solid("RGBA", (*RED, 0)).save(p), WHITE),
     "RGBA, a fifth of red": ("a.png", lambda p: solid("RGBA", (*RED, 51)).save(p), (255, 204, 204)),
@@ -100,7 +101,7 @@ ODD = {
     "palette": ("a.png", lambda p: solid("RGB", (10, 20, 30)).quantize().save(p), (10, 20, 30)),
     "CMYK JPEG": ("a.jpg", lambda p: solid("CMYK", (0, 255, 255, 0)).save(p, quality=95), RED),
     "YCbCr JPEG": ("a.JPEG", lambda p: solid("RGB", GREEN).save(p, "JPEG", quality=95), GREEN),
-    "LAB TIFF": ("a.tiff", lambda p: solid("LAB", (255, 0, 0)).save(p), WHITE),
+    "LAB TIFF": ("a.tiff", lambda p: solid("LAB", (255, 128, 128)).save(p), WHITE),
     "animated GIF": ("a.gif", animated, BLUE),
     "animated WebP": ("a.webp", animated, BLUE),
     "BMP": ("a.bmp", lambda p: solid("RGB", BLUE).save(p), BLUE),
@@ -161,6 +162,7 @@ BAD = {
     "text": ("a.png", lambda p: p.write_text("hello")),
     "1x1": ("a.png", lambda p: solid("RGB", RED, (1, 1)).save(p)),
     "float TIFF": ("a.tif", lambda p: Image.fromarray(np.ones((32, 32), np.float32)).save(p)),
+    "32-bit TIFF": ("a.tif", lambda p: Image.fromarray(np.full((32, 32), 200, np.int32)).save(p)),
     "dangling link": ("a.png", lambda p: p.symlink_to("nowhere.png")),
     "link to itself": ("a.png", lambda p: p.symlink_to(p)),
     "spaces and umlauts": ("ein  schönes Bild ß.png", lambda p: p.write_bytes(b"")),
@@ -189,6 +191,17 @@ def test_damaged_bytes_never_give_another_error(suffix):
             assert read_picture(raw.tobytes(), 16, "damaged").shape == (3, 16, 16)
         except DataError as error:
             assert "damaged" in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("error", [struct.error("unpack"), KeyError(3), TypeError(), MemoryError(), OSError("a\nb")])
+def test_whatever_a_decoder_raises(tmp_path, monkeypatch, error):
+    def decode(file):
+        raise error
+
+    solid("RGB", RED).save(tmp_path / "a.png")
+    monkeypatch.setattr(data.ImageOps, "exif_transpose", decode)
+    text = refusal(read_picture, tmp_path / "a.png", 8)
+    assert str(tmp_path / "a.png") in text and not text.endswith(": ")
 
 
 @pytest.mark.parametrize("limit", [300, 150])
