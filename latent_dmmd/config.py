@@ -124,7 +124,7 @@ class ObjectiveConfig:
     name: Literal["witness-matching", "dmmd"] = "witness-matching"
     forward_process: str = "linear"
     num_noise_levels: int = 25
-    gradient_weight: float = 10.0
+    gradient_weight: float = 1.0
     gradient_center: float = 1.0
     feature_weight: float = 1e-3
     mean_embeddings: MeanEmbeddingSource = "running"

@@ -122,7 +122,7 @@ class DMMD(Objective):
         feature_net: nn.Module,
         process: ForwardProcess,
         num_noise_levels: int,
-        gradient_weight: float = 10.0,
+        gradient_weight: float = 1.0,
         gradient_center: float = 1.0,
         feature_weight: float = 1e-3,
     ) -> None:

@@ -150,6 +150,12 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, limit: in
             shutil.rmtree(old)
 
 
+def use_all_cores() -> None:
+    """Undo the one thread that `accelerate launch` gives a single process on a machine without accelerator."""
+    if os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+
+
 def check_tracker(name: str | None) -> None:
     """Raise ConfigError if a tracker is asked for and not installed; Accelerate would drop it in silence."""
     available = {None: True, "tensorboard": is_tensorboard_available(), "wandb": is_wandb_available()}
@@ -210,6 +216,8 @@ def train(config: Config) -> Path:
         mixed_precision=options.mixed_precision, log_with=options.log_with, project_dir=config.output_dir
     )
     device = accelerator.device
+    if device.type == "cpu" and accelerator.num_processes == 1:
+        use_all_cores()
     vae = load_autoencoder(config.autoencoder.name_or_path, device)
     pictures = load_pictures(config.data.name_or_path, config.data.resolution, config.data.image_column)
     latent_shape = tuple(probe_latents(vae, config.data.resolution).shape[1:])
