@@ -62,7 +62,8 @@ class AutoencoderConfig:
     """The frozen autoencoder.
 
     Args:
-        name_or_path: A diffusers folder or hub name: AutoencoderKL, AutoencoderTiny or AutoencoderDC.
+        name_or_path: A diffusers folder or hub name: AutoencoderKL, AutoencoderTiny or AutoencoderDC; or "elpv-vae",
+            the bundled one.
         batch_size: Pictures encoded at once.
     """
 

@@ -16,19 +16,21 @@ from torch import Tensor
 AUTOENCODERS = {cls.__name__: cls for cls in (AutoencoderKL, AutoencoderTiny, AutoencoderDC)}
 Autoencoder = AutoencoderKL | AutoencoderTiny | AutoencoderDC
 
-BUNDLED_AUTOENCODER = str(files("latent_dmmd") / "assets" / "elpv-vae")
+BUNDLED_AUTOENCODER = "elpv-vae"  # a name, so that saved configurations hold on every machine
 
 
 def load_autoencoder(name_or_path: str, device: torch.device | str = "cpu") -> Autoencoder:
     """A frozen autoencoder in float32, by folder or hub name; its class is read from its configuration.
 
     Args:
-        name_or_path: A folder that `save_pretrained` wrote, or a name on the hub.
+        name_or_path: A folder that `save_pretrained` wrote, a name on the hub, or "elpv-vae", the bundled one.
         device: Where to put it.
 
     Raises:
         ValueError: If it cannot be found or read, or is of another class; the message is one line.
     """
+    if name_or_path == BUNDLED_AUTOENCODER:
+        name_or_path = str(files("latent_dmmd") / "assets" / BUNDLED_AUTOENCODER)
     try:
         config = AutoencoderKL.load_config(name_or_path)
     except (OSError, ValueError) as error:
