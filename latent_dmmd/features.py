@@ -24,7 +24,7 @@ class TimeEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(2 * num_frequencies, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
 
     def forward(self, t: Tensor) -> Tensor:
-        angles = t.float()[:, None] * self.frequencies
+        angles = t.to(self.frequencies)[:, None] * self.frequencies
         return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=1))
 
 
@@ -148,7 +148,7 @@ class FeatureNet(ModelMixin, ConfigMixin):
             t: Noise levels in [0, 1], with shape (B) or ().
 
         Returns:
-            φ(x, t), with shape (B, F), in float32.
+            φ(x, t), with shape (B, F), in float32 or better.
 
         Raises:
             ValueError: If x does not have the network's channels and size.
@@ -172,10 +172,12 @@ class FeatureNet(ModelMixin, ConfigMixin):
             h = self.apply_level(blocks, h, embedding)
             if i < len(self.upsample):
                 h = rearrange(self.upsample[i](h), "b (c p q) h w -> b c (h p) (w q)", p=2, q=2) + skips.pop()
-        h = self.conv_out(self.act(self.norm_out(h))).float()
+        h = self.conv_out(self.act(self.norm_out(h)))
+        lift = self.lift(x)
+        gate = self.gate(torch.cat([pooled, embedding], dim=1))
 
-        lift = self.lift(x).float()
-        gate = self.gate(torch.cat([pooled, embedding], dim=1)).float()
+        # float32: sums over positions, whose small differences are the signal
+        h, lift, gate = (a.to(torch.promote_types(a.dtype, torch.float32)) for a in (h, lift, gate))
         products = lift * (h + rearrange(gate, "b f -> b f 1 1") * lift)
         return reduce(products, "b f h w -> b f", "sum") * (h.shape[-2] * h.shape[-1]) ** -0.5
 
