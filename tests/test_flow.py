@@ -151,7 +151,6 @@ def test_measured_scale_is_least_squares():
     assert measure_embeddings(Square(), [(x_0, x_0)], torch.tensor(1.0))[2] == 0  # no gradient at all
 
 
-
 @pytest.mark.parametrize(
     "options, message",
     [
