@@ -4,6 +4,7 @@ python scripts/evaluate.py runs/elpv/samples elpv:heldout --output runs/elpv/eva
 """
 
 import sys
+from argparse import ArgumentError
 
 import torch
 from jsonargparse import ArgumentParser
@@ -27,7 +28,7 @@ class Reconstructions(Dataset):
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = ArgumentParser(description=__doc__, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("generated", help="Folder of pictures, elpv:train or elpv:heldout.")
     parser.add_argument("reference", help="The real pictures, given alike.")
     parser.add_argument("--output", type=str, required=True, help="JSON file of the scores.")
@@ -53,6 +54,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ImportError, OSError, ValueError) as error:
+    except (ArgumentError, ImportError, OSError, ValueError) as error:
         print("evaluate.py:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

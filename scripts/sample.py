@@ -1,6 +1,7 @@
 """Sample from a saved pipeline: python scripts/sample.py --pipeline DIR --num_images 64 --output_dir samples."""
 
 import sys
+from argparse import ArgumentError
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from latent_dmmd.pictures import labelled_grid, save_pngs
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = ArgumentParser(description=__doc__, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--pipeline", type=str, required=True, help="Folder of a saved pipeline.")
     parser.add_argument("--num_images", type=PositiveInt, default=64, help="Pictures, hence particles.")
     parser.add_argument("--output_dir", type=str, required=True, help="Where the PNG files and grid.png go.")
@@ -47,6 +48,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError) as error:
+    except (ArgumentError, OSError, ValueError) as error:
         print(f"sample.py: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
