@@ -10,11 +10,10 @@ where d_l is the squared distance of EfficientNet-Lite2 feature maps, normalised
 in `latent_dmmd.evaluation`.
 """
 
-import json
 import math
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +24,9 @@ from diffusers.training_utils import EMAModel
 from einops import reduce
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+
+from latent_dmmd.config import check, save_config
+from latent_dmmd.training import MetricsFile, check_finite, checkpoints_in, prepare_run_folder, save_checkpoint
 
 
 @dataclass
@@ -65,9 +67,17 @@ class AutoencoderTrainingConfig:
     pooled_weight: float = 0.3
     adversarial_weight: float = 0.0
     adversarial_start: int = 1000
-    mixed_precision: str = "bf16"
+    mixed_precision: Literal["no", "bf16"] = "bf16"
     checkpointing_steps: int = 250
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "learning_rate", "num_warmup_steps", "checkpointing_steps"):
+            check(getattr(self, name) > 0, f"{name} must be positive; got {getattr(self, name)}")
+        check(
+            self.crop_size > 0 and self.crop_size % 16 == 0,
+            f"crop_size must be a positive multiple of 16; got {self.crop_size}",
+        )
 
 
 def build_autoencoder() -> AutoencoderDC:
@@ -183,8 +193,8 @@ def train_autoencoder(images_uint8: Tensor, config: AutoencoderTrainingConfig) -
         FloatingPointError: When the loss is not finite; the last checkpoint stays.
     """
     accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    output_dir = Path(config.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    output_dir = prepare_run_folder(config)
+    save_config(config, output_dir / "config.yaml")
     set_seed(config.seed)
 
     vae = build_autoencoder().to(memory_format=torch.channels_last)
@@ -197,16 +207,15 @@ def train_autoencoder(images_uint8: Tensor, config: AutoencoderTrainingConfig) -
     ema.to(accelerator.device)
     accelerator.register_for_checkpointing(ema)
 
-    checkpoints = sorted(output_dir.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    checkpoints = checkpoints_in(output_dir)
     first_step = 0
     if checkpoints:
         accelerator.load_state(checkpoints[-1])
         first_step = int(checkpoints[-1].name.split("-")[1])
-        accelerator.print(f"Resuming from {checkpoints[-1]}")
+        accelerator.print(f"resuming from {checkpoints[-1]}")
 
     progress = tqdm(range(first_step, config.num_steps), initial=first_step, total=config.num_steps, desc="autoencoder")
-    log = (output_dir / "metrics.jsonl").open("a")
-    start = time.monotonic()
+    metrics = MetricsFile(output_dir / "metrics.jsonl", first_step, accelerator.is_main_process)
     for step in progress:
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         for group in optimizer.param_groups:
@@ -234,11 +243,9 @@ def train_autoencoder(images_uint8: Tensor, config: AutoencoderTrainingConfig) -
             with accelerator.autocast():
                 terms["adversarial"] = -config.adversarial_weight * discriminator(reconstruction).float().mean()
         loss = sum(terms.values())
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"step {step}: loss is not finite: { {k: float(v) for k, v in terms.items()} }")
         optimizer.zero_grad()
         accelerator.backward(loss)
-        accelerator.clip_grad_norm_(vae.parameters(), 1.0)
+        check_finite(step, terms, loss, accelerator.clip_grad_norm_(vae.parameters(), 1.0))
         optimizer.step()
         ema.step(vae.parameters())
 
@@ -252,20 +259,14 @@ def train_autoencoder(images_uint8: Tensor, config: AutoencoderTrainingConfig) -
             accelerator.backward(terms["discriminator"])
             optimizer_d.step()
 
-        if step % 10 == 0:
-            figures = {name: round(float(value), 5) for name, value in terms.items()}
+        done = step + 1
+        if done % 10 == 0 or done == config.num_steps:
+            figures = {name: round(value.detach().item(), 5) for name, value in terms.items()}
             progress.set_postfix(figures)
-            log.write(json.dumps({"step": step, **figures, "seconds": round(time.monotonic() - start, 1)}) + "\n")
-            log.flush()
-        if (step + 1) % config.checkpointing_steps == 0 or step + 1 == config.num_steps:
-            accelerator.save_state(output_dir / f"checkpoint-{step + 1}")
-            save_averaged(accelerator.unwrap_model(vae), ema, output_dir / "autoencoder")
-    (output_dir / "config.json").write_text(json.dumps(asdict(config), indent=2))
-    return output_dir / "autoencoder"
-
-
-def save_averaged(vae: AutoencoderDC, ema: EMAModel, folder: Path) -> None:
-    """Save the averaged weights as float16 safetensors, leaving `vae` as it was."""
+            metrics.write({"step": done, **figures})
+        if done % config.checkpointing_steps == 0 or done == config.num_steps:
+            save_checkpoint(accelerator, output_dir, done, limit=2)
     averaged = build_autoencoder()
     ema.copy_to(averaged.parameters())
-    averaged.half().save_pretrained(folder)
+    averaged.half().save_pretrained(output_dir / "autoencoder")
+    return output_dir / "autoencoder"
