@@ -10,7 +10,6 @@ where d_l is the squared distance of EfficientNet-Lite2 feature maps, normalised
 in `latent_dmmd.evaluation`.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,7 +25,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from latent_dmmd.config import check, save_config
-from latent_dmmd.training import MetricsFile, check_finite, checkpoints_in, prepare_run_folder, save_checkpoint
+from latent_dmmd.training import (
+    MetricsFile,
+    check_finite,
+    checkpoints_in,
+    learning_rate_at,
+    prepare_run_folder,
+    save_checkpoint,
+)
 
 
 @dataclass
@@ -172,13 +178,6 @@ def random_crops(images_uint8: Tensor, batch_size: int, crop_size: int, generato
     return torch.stack(crops).float() / 127.5 - 1
 
 
-def learning_rate_at(step: int, config: AutoencoderTrainingConfig) -> float:
-    """Linear warm-up, then a cosine to a twentieth of the peak."""
-    warmup = min(1.0, (step + 1) / config.num_warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / config.num_steps)))
-    return config.learning_rate * warmup * (0.05 + 0.95 * cosine)
-
-
 def train_autoencoder(images_uint8: Tensor, config: AutoencoderTrainingConfig) -> Path:
     """Train the bundled autoencoder and save it as a diffusers folder of float16 safetensors.
 
@@ -219,7 +218,7 @@ def train_autoencoder(images_uint8: Tensor, config: AutoencoderTrainingConfig) -
     for step in progress:
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, config)
+            group["lr"] = learning_rate_at(step, config, floor=0.05)
         pixels = random_crops(images_uint8, config.batch_size, config.crop_size, generator)
         pixels = pixels.to(accelerator.device, memory_format=torch.channels_last)
 

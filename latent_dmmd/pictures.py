@@ -9,11 +9,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 
-def save_pngs(images_uint8: Tensor, folder: str | Path, start: int = 0) -> list[Path]:
+def save_pngs(images_uint8: Tensor, folder: str | Path) -> list[Path]:
     """Write pictures (N, 3, H, W) as 00000.png, 00001.png, … into a folder, which is created."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{start + i:05d}.png" for i in range(len(images_uint8))]
+    paths = [folder / f"{i:05d}.png" for i in range(len(images_uint8))]
     for image, path in zip(images_uint8, paths):
         to_pil(image).save(path)
     return paths

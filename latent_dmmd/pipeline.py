@@ -11,7 +11,7 @@ from torch import Tensor
 
 from latent_dmmd.features import FeatureNet, MeanEmbeddings
 from latent_dmmd.flow import FlowStep, Sampler, flow_schedule, gradient_flow
-from latent_dmmd.latents import Autoencoder, decode_pixels, unstandardise
+from latent_dmmd.latents import Autoencoder, decode_pixels, freeze, unstandardise
 
 
 class LatentDMMDPipeline(DiffusionPipeline):
@@ -49,7 +49,7 @@ class LatentDMMDPipeline(DiffusionPipeline):
                 f"{len(latents_mean)}; use the autoencoder that the features were trained with"
             )
         if vae is not None:
-            vae.requires_grad_(False).to(memory_format=torch.channels_last)  # a third faster on CPUs
+            freeze(vae)
         self.register_modules(feature_net=feature_net, mean_embeddings=mean_embeddings, vae=vae)
         self.register_to_config(latents_mean=list(latents_mean), latents_std=list(latents_std))
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)

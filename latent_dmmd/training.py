@@ -42,11 +42,11 @@ def keyed_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
 
-def learning_rate_at(step: int, config: TrainingConfig) -> float:
-    """Linear warm-up, then a cosine to a tenth of the peak."""
+def learning_rate_at(step: int, config: TrainingConfig, floor: float = 0.1) -> float:
+    """Linear warm-up, then a cosine from the peak to `floor` times it."""
     warmup = min(1.0, (step + 1) / max(1, config.num_warmup_steps))
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / config.num_steps)))
-    return config.learning_rate * warmup * (0.1 + 0.9 * cosine)
+    return config.learning_rate * warmup * (floor + (1 - floor) * cosine)
 
 
 def draw_batch(cache: LatentCache, config: TrainingConfig, num_noise_levels: int, rank: int, step: int) -> Batch:
@@ -300,7 +300,7 @@ def train(config: Config) -> Path:
             averaged_net, embeddings, vae, cache.channel_mean.tolist(), cache.channel_std.tolist()
         )
         save_pipeline(pipeline, config, folder / "pipeline", len(cache))
-        write_samples(pipeline, pictures, config, folder)
+        write_samples(pipeline, pictures, cache.skipped, config, folder)
         plot_losses(folder / "metrics.jsonl", folder / "losses.png")
     accelerator.end_training()
     return folder
@@ -393,8 +393,10 @@ image = pipe().images[0]
 """
 
 
-def write_samples(pipeline: LatentDMMDPipeline, pictures: PictureDataset, config: Config, folder: Path) -> None:
-    """`samples.png`: generated pictures above real and reconstructed ones."""
+def write_samples(
+    pipeline: LatentDMMDPipeline, pictures: PictureDataset, skipped: tuple[str, ...], config: Config, folder: Path
+) -> None:
+    """`samples.png`: generated pictures above real ones, none of the skipped, and their reconstructions."""
     options = config.sampling
     pipeline.set_progress_bar_config(desc="sampling")
     generated = pipeline(
@@ -405,8 +407,9 @@ def write_samples(pipeline: LatentDMMDPipeline, pictures: PictureDataset, config
         generator=torch.Generator().manual_seed(options.seed),
         output_type="pt",
     ).images
-    choice = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(options.seed))[:8].tolist()
-    real = torch.stack([pictures[i] for i in choice])
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(options.seed)).tolist()
+    readable = [i for i in order if pictures.names[i] not in skipped]
+    real = torch.stack([pictures[i] for i in readable[:8]])
     nfe = options.num_noise_levels * options.steps_per_level
     rows = {
         f"generated ({options.sampler}, {nfe} NFE)": to_uint8(generated.cpu() * 2 - 1),

@@ -76,6 +76,14 @@ def test_run_folder(arguments, tmp_path, objective):
     assert pipe(num_noise_levels=4, steps_per_level=1, sampler="exact", output_type="pt").images.isfinite().all()
 
 
+def test_skipped_pictures_are_not_shown_either(arguments, tiny_pictures):
+    """More bad pictures than good ones, so that some are among any eight."""
+    for path in sorted(tiny_pictures.iterdir())[2:]:
+        path.write_bytes(b"not a picture")
+    folder = train(parse_config(Config, [*arguments, "--data.on_bad_image", "skip"]))
+    assert (folder / "samples.png").exists()
+
+
 def test_resume_is_exact(arguments, tmp_path):
     """6 steps = 3 steps, killed, 3 steps: bitwise, in weights and metrics."""
     whole = train(parse_config(Config, arguments))
