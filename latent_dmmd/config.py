@@ -13,6 +13,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from latent_dmmd.data import OnBadImage
+from latent_dmmd.discrepancy import get_discrepancy
 from latent_dmmd.flow import Sampler
 from latent_dmmd.forward import FORWARD_PROCESSES
 from latent_dmmd.latents import BUNDLED_AUTOENCODER
@@ -112,7 +113,13 @@ class ObjectiveConfig:
 
     Args:
         name: "witness-matching" or "dmmd", the paper's.
-        forward_process: "linear", "vp-cosine" or "vp-linear".
+        forward_process: "linear", "vp-cosine", "vp-linear" or "blur".
+        discrepancy: "mmd", or "kale": with `name: dmmd`, the features of D-KALE-Flow.
+        kernel: Base kernel on features: "linear" (the paper's), "gaussian" or "rational-quadratic".
+        bandwidth: Of the Gaussian kernel, a list is summed, "median" is the heuristic; of the rational-quadratic one.
+        kernel_alpha: Mixture parameter α of the rational-quadratic kernel.
+        kale_lambda: λ of KALE; large is MMD, small is KL.
+        num_points: Features stored of each noise level where means are not enough: other kernels, and KALE.
         num_noise_levels: Size T of the grid of noise levels.
         gradient_weight: dmmd: weight of the gradient penalty.
         gradient_center: dmmd: norm the penalty asks for, 1 (paper) or 0.
@@ -124,6 +131,12 @@ class ObjectiveConfig:
 
     name: Literal["witness-matching", "dmmd"] = "witness-matching"
     forward_process: str = "linear"
+    discrepancy: Literal["mmd", "kale"] = "mmd"
+    kernel: Literal["linear", "gaussian", "rational-quadratic"] = "linear"
+    bandwidth: float | list[float] | Literal["median"] = "median"
+    kernel_alpha: float = 1.0
+    kale_lambda: float = 1.0
+    num_points: int = 128
     num_noise_levels: int = 25
     gradient_weight: float = 1.0
     gradient_center: float = 1.0
@@ -137,12 +150,26 @@ class ObjectiveConfig:
             self.forward_process in FORWARD_PROCESSES,
             f"objective.forward_process must be one of {', '.join(FORWARD_PROCESSES)}; got {self.forward_process!r}",
         )
+        try:
+            get_discrepancy(**self.discrepancy_options())
+        except ValueError as error:
+            raise ConfigError(f"objective: {error}") from error
+        check(self.num_points > 1, f"objective.num_points must be at least 2; got {self.num_points}")
         check(self.num_noise_levels > 0, f"objective.num_noise_levels must be positive; got {self.num_noise_levels}")
         check(0 <= self.momentum < 1, f"objective.momentum must be in [0, 1); got {self.momentum}")
         check(self.refresh_every > 0, f"objective.refresh_every must be positive; got {self.refresh_every}")
         check(self.gradient_center in (0, 1), f"objective.gradient_center must be 0 or 1; got {self.gradient_center}")
         for name in ("gradient_weight", "feature_weight"):
             check(getattr(self, name) >= 0, f"objective.{name} must not be negative; got {getattr(self, name)}")
+
+    def discrepancy_options(self) -> dict:
+        """The arguments of `get_discrepancy`."""
+        options = {"name": self.discrepancy, "kernel": self.kernel}
+        if self.kernel != "linear":
+            options["bandwidth"] = self.bandwidth
+        if self.kernel == "rational-quadratic":
+            options["alpha"] = self.kernel_alpha
+        return options | ({"lam": self.kale_lambda} if self.discrepancy == "kale" else {})
 
 
 @dataclass

@@ -118,9 +118,9 @@ def load_pictures(name_or_path: str, resolution: int = 256, image_column: str = 
     """A data set of pictures by name.
 
     Args:
-        name_or_path: `elpv:train`, `elpv:heldout` or `elpv` (all; every tenth photograph is held out); a folder of
-            pictures, searched through; a parquet or arrow file; or `name` or `name:split` of a data set on the hub,
-            split `train` by default.
+        name_or_path: `elpv` or a part of it such as `elpv:train`, see `elpv_files`; a folder of pictures, searched
+            through; a parquet or arrow file; or `name` or `name:split` of a data set on the hub, split `train` by
+            default.
         resolution: Side of the pictures in pixels.
         image_column: The column that holds pictures, for tables and hub data.
 
@@ -172,15 +172,25 @@ def load_table(name_or_path: str, *args: str, **options: str) -> datasets.Datase
 
 
 def elpv_files(split: str) -> list[Path]:
-    """The photographs of `elpv-dataset` (Buerhop-Lutz et al., 2018), in the order of their numbers."""
-    if split not in ("train", "heldout", "all"):
-        raise DataError(f"elpv has no split {split!r}; use elpv:train, elpv:heldout or elpv")
+    """The photographs of `elpv-dataset` (Buerhop-Lutz et al., 2018), in the order of their numbers.
+
+    Args:
+        split: "all"; "heldout", every tenth photograph, on which nothing is chosen; "train", the others; or the two
+            parts of "train": "validation", a ninth of it, to choose settings on, and "fit", the rest.
+
+    Raises:
+        DataError: If there is no such split, or the photographs are not installed.
+    """
+    parts = {"heldout": {0}, "validation": {5}}
+    parts |= {"all": set(range(10)), "train": set(range(1, 10)), "fit": set(range(1, 10)) - parts["validation"]}
+    if split not in parts:
+        raise DataError(f"elpv has no split {split!r}; use {', '.join(f'elpv:{name}' for name in parts)}")
     try:
         import elpv_dataset
     except ImportError as error:
         raise DataError('the ELPV photographs are not installed: pip install "latent-dmmd[demo]"') from error
     paths = sorted((Path(elpv_dataset.__file__).parent / "data" / "images").glob("*.png"))
-    return [p for i, p in enumerate(paths) if split == "all" or (i % 10 == 0) == (split == "heldout")]
+    return [p for i, p in enumerate(paths) if i % 10 in parts[split]]
 
 
 def pictures_in_files(paths: list[Path], resolution: int) -> PictureDataset:

@@ -6,12 +6,16 @@ derivative: attention is written as matmul, softmax, matmul (the fused kernels h
 """
 
 import math
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange, reduce
 from torch import Tensor, nn
+
+from latent_dmmd.discrepancy import Discrepancy, Witness, get_discrepancy
+from latent_dmmd.forward import get_forward_process
 
 
 class TimeEmbedding(nn.Module):
@@ -191,24 +195,75 @@ class FeatureNet(ModelMixin, ConfigMixin):
 class MeanEmbeddings(ModelMixin, ConfigMixin):
     """The stored mean embeddings of every noise level: all that sampling needs besides φ.
 
-    Buffers, for the levels t_1 < … < t_T: `levels` (T); `clean` and `noisy`, E φ(x_0, t_k) and E φ(x_t, t_k) at
-    t = t_k, with shape (T, F); `displacement`, d(t_k), with shape (T); `gradient_scale`, the s_k for which
-    s_k ∇⟨φ(x_t, t_k), noisy_k − clean_k⟩ predicts x_t − x_0, with shape (T).
+    With the linear kernel the mean embedding of X_t is one vector, E φ(x_t, t). Any other kernel, and KALE, needs the
+    distribution: then it is stored as the features of M draws.
+
+    Buffers, for the levels t_1 < … < t_T: `levels` (T); `clean` and `noisy`, the mean embeddings of X_0 and X_t at
+    t = t_k, with shape (T, F), or (T, M, F); `displacement`, d(t_k), with shape (T); `gradient_scale`, the s_k for
+    which s_k times the gradient of the stored witness at x_t predicts x_t − x_0, with shape (T).
 
     Args:
         num_noise_levels: T.
         num_features: F.
+        num_points: M; 0 stores means.
+        forward_process: The process that the features were trained on.
+        discrepancy: Arguments of `get_discrepancy`; the MMD of the linear kernel if None.
+
+    Raises:
+        ValueError: If only means are to be stored and the discrepancy needs more, or an argument is out of range.
     """
 
     @register_to_config
-    def __init__(self, num_noise_levels: int = 25, num_features: int = 64) -> None:
+    def __init__(
+        self,
+        num_noise_levels: int = 25,
+        num_features: int = 64,
+        num_points: int = 0,
+        forward_process: str = "linear",
+        discrepancy: dict | None = None,
+    ) -> None:
         super().__init__()
+        self.process = get_forward_process(forward_process)
+        self.discrepancy = get_discrepancy(**(discrepancy or {}))
+        if not num_points and not self.discrepancy.needs_means_only:
+            raise ValueError("this discrepancy needs stored features, not only their means; pass num_points > 0")
         for name in ("levels", "displacement", "gradient_scale"):
             self.register_buffer(name, torch.zeros(num_noise_levels))
+        points = (num_points,) if num_points else ()
         for name in ("clean", "noisy"):
-            self.register_buffer(name, torch.zeros(num_noise_levels, num_features))
+            self.register_buffer(name, torch.zeros(num_noise_levels, *points, num_features))
 
     @property
     def delta(self) -> Tensor:
-        """Δ at every level, with shape (T, F)."""
-        return self.noisy - self.clean
+        """Δ at every level, the difference of the means of φ, with shape (T, F)."""
+        difference = self.noisy - self.clean
+        return difference.mean(1) if self.config.num_points else difference
+
+    def at_level(self, k: int) -> "LevelEmbeddings":
+        """What is stored of level k, ready for evaluation."""
+        clean, noisy = (a[k].reshape(-1, a.shape[-1]) for a in (self.clean, self.noisy))
+        kernel = self.discrepancy.kernel.fitted(noisy, clean)
+        discrepancy = replace(self.discrepancy, kernel=kernel)
+        return LevelEmbeddings(self.levels[k], discrepancy, clean, discrepancy.witness(noisy, clean))
+
+
+@dataclass(frozen=True)
+class LevelEmbeddings:
+    """The mean embeddings of one noise level.
+
+    Attributes:
+        t: The level, with shape ().
+        discrepancy: Its kernel is settled on the stored features.
+        clean: Features of clean particles, or their mean, with shape (M, F) or (1, F).
+        stored: The witness between the stored X_t and X_0.
+    """
+
+    t: Tensor
+    discrepancy: Discrepancy
+    clean: Tensor
+    stored: Witness
+
+    def exact(self, phi: Tensor, rescale: bool = True) -> Witness:
+        """The witness between particles of features φ (N, F) and X_0, at the stored one's norm if `rescale`."""
+        witness = self.discrepancy.witness(phi, self.clean)
+        return witness.scaled(self.stored.norm() / witness.norm()) if rescale else witness

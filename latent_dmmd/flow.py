@@ -4,41 +4,87 @@
 
 One step is one forward and one backward of φ for every particle; the number of function evaluations (NFE) is K · N_s.
 
-**Witness.** Exact: Δ_t = mean φ(Z, t) − E φ(x_0, t), so particles interact. Approximate: Δ_t is the stored difference
-E φ(x_t, t) − E φ(x_0, t); particles are independent and no data are needed. Hybrid: approximate at high noise, exact
-for the last levels.
+**Witness.** Exact: f_t between the particles' φ(Z, t) and the clean features, so particles interact. Approximate: the
+stored f_t between φ(x_t, t) and φ(x_0, t); particles are independent and no data are needed. Hybrid: approximate at
+high noise, exact for the last levels.
 
-**Step size.** Training says how far a gradient reaches: s_t ∇f_t(x_t) ≈ x_t − x_0 for the stored Δ_t. The forward
-process is d(t) away from the data, so going from level t to the next one, t', takes the fraction 1 − d(t') / d(t) of
-that way, in N_s equal parts:
+**Step size.** Training, or a measurement, says how far a gradient of the stored witness reaches:
 
-    η_t = s_t (1 − d(t') / d(t)) / N_s,       d(t') = 0 after the last level.
+    s_t ∇f_t(x_t) ≈ x_t − x_0
 
-The stored witness keeps its length while particles move inside a level; the exact one shrinks with Δ_t, and would fall
-behind. It is therefore rescaled to the stored norm, f = ⟨φ, Δ_t⟩ · ‖Δ_t stored‖ / ‖Δ_t‖, which makes it the witness of
-MMD instead of MMD² up to a constant, and both samplers obey the same η_t.
+- Witness matching regresses ∇f_t / ‖f_t‖_H on (x_t − x_0) / λ_t, hence s_t = λ_t / ‖f_t‖_H.
+- Any other objective fixes a norm (one-centred penalty) or nothing. s_t is then the least-squares factor
+  s_t = E ⟨∇f_t, x_t − x_0⟩ / E ‖∇f_t‖², measured on draws of the forward process (`measure_embeddings`).
+
+A step from noise level s to e, within the level t whose witness is in use, is z ↦ a z − b s_t ∇f_t(z) with (a, b) from
+`ForwardProcess.step_coefficients`: the particle that had the distribution of X_s gets that of X_e if the gradient is
+right. For the linear interpolant a = 1, and N_s equal steps from t to the next level t' have
+
+    η_t = s_t (1 − t' / t) / N_s,       t' = 0 after the last level.
+
+**Exact witnesses weaken.** The stored witness keeps its length while particles move inside a level; the exact one is
+that of the particles' own discrepancy, ‖f_t‖_H = MMD, and shrinks to nothing as they approach the data. When particles
+are at noise level s ≤ t it is s / t as long, so a step calibrated at s = t falls behind. `rescale` brings the exact
+witness to the stored norm, which makes it the witness of MMD instead of MMD² up to a constant, and one η_t serves both
+samplers. Without `rescale` the calibrated step is divided by d(s) / d(t) instead: right on schedule only if the
+particles are.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from latent_dmmd.discrepancy import linear_witness
-from latent_dmmd.features import MeanEmbeddings
+from latent_dmmd.discrepancy import MMD, Discrepancy
+from latent_dmmd.features import LevelEmbeddings, MeanEmbeddings
+from latent_dmmd.kernels import LinearKernel
 
 Sampler = Literal["exact", "approximate", "hybrid"]
+SelfTerm = Literal["include", "leave-one-out", "independent"]
 
 
 @dataclass(frozen=True)
 class FlowStep:
-    """One gradient step: `level` indexes the stored levels, `step_size` is η, `exact` picks the witness."""
+    """One step Z ← scale · Z − step_size ∇f; `level` indexes the stored levels, `exact` picks the witness."""
 
     level: int
     step_size: float
     exact: bool
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class FlowOptions:
+    """How the gradient of a step is taken; the defaults are what the calibration assumes.
+
+    Args:
+        rescale: Whether the exact witness is brought to the stored norm; False is the paper's flow.
+        self_term: What the exact witness does about a particle's own feature in the particles' mean embedding:
+            "include" it; "leave-one-out"; or "independent", where each half of the particles is moved by the witness
+            of the other half.
+        noise_injection: β ≥ 0; the gradient is taken at Z + β u, u ~ N(0, I) (Arbel et al., 2019, sec. 4.2).
+        chunk_size: Particles that pass through φ at once; all if None. The exact witness then takes a second forward
+            of φ, and is the same.
+        generator: Source of the injected noise.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    rescale: bool = True
+    self_term: SelfTerm = "include"
+    noise_injection: float = 0.0
+    chunk_size: int | None = None
+    generator: torch.Generator | list[torch.Generator] | None = None
+
+    def __post_init__(self) -> None:
+        if self.self_term not in ("include", "leave-one-out", "independent"):
+            raise ValueError(f"self_term must be 'include', 'leave-one-out' or 'independent'; got {self.self_term!r}")
+        if self.noise_injection < 0:
+            raise ValueError(f"noise_injection must not be negative; got {self.noise_injection}")
 
 
 def flow_schedule(
@@ -48,6 +94,7 @@ def flow_schedule(
     steps_per_level: int = 4,
     step_size: float | None = None,
     hybrid_level: float = 0.3,
+    rescale: bool = True,
 ) -> list[FlowStep]:
     """All steps of a flow, from high noise to low.
 
@@ -58,6 +105,7 @@ def flow_schedule(
         steps_per_level: N_s.
         step_size: A constant η for every level, as in the paper; calibrated if None.
         hybrid_level: The hybrid sampler is exact for levels up to this one, in [0, 1].
+        rescale: Whether exact witnesses will be brought to the stored norm; see the module's text.
 
     Raises:
         ValueError: If an argument is out of range; the message names it.
@@ -72,24 +120,58 @@ def flow_schedule(
     if step_size is not None and step_size <= 0:
         raise ValueError(f"step_size must be positive; got {step_size}")
     levels = [-(-k * available // num_noise_levels) - 1 for k in range(num_noise_levels, 0, -1)]
-    distances = embeddings.displacement.double().tolist()
+    times, process = embeddings.levels.double().tolist(), embeddings.process
     steps = []
     for level, following in zip(levels, levels[1:] + [None]):
-        remaining = 0.0 if following is None else distances[following] / distances[level]
-        calibrated = embeddings.gradient_scale[level].item() * (1 - remaining) / steps_per_level
-        exact = sampler == "exact" or (sampler == "hybrid" and embeddings.levels[level].item() <= hybrid_level)
-        steps += [FlowStep(level, step_size or calibrated, exact)] * steps_per_level
+        t, end = times[level], 0.0 if following is None else times[following]
+        exact = sampler == "exact" or (sampler == "hybrid" and t <= hybrid_level)
+        for n in range(steps_per_level):
+            if step_size is not None:
+                steps.append(FlowStep(level, step_size, exact))
+                continue
+            here, there = (t + (end - t) * i / steps_per_level for i in (n, n + 1))
+            scale, fraction = process.step_coefficients(t, here, there)
+            if exact and not rescale:
+                at_t, at_here = process.displacement(torch.tensor([t, here], dtype=torch.float64)).tolist()
+                fraction *= at_t / at_here
+            steps.append(FlowStep(level, embeddings.gradient_scale[level].item() * fraction, exact, scale))
     return steps
 
 
+class ExactWitness:
+    """The witness between particles and the clean data, for particles of their own.
+
+    Args:
+        particles: Their features, with shape (N, F).
+        embeddings: The stored mean embeddings of the level.
+        options: Which self-term, and whether to rescale.
+    """
+
+    def __init__(self, particles: Tensor, embeddings: LevelEmbeddings, options: FlowOptions) -> None:
+        self.particles, self.self_term = particles, options.self_term
+        self.means_only = embeddings.discrepancy.needs_means_only
+        half = len(particles) // 2
+        sources = (particles[half:], particles[:half]) if self.self_term == "independent" else (particles,)
+        self.witnesses = [embeddings.exact(source, options.rescale) for source in sources]
+
+    def __call__(self, phi: Tensor, which: slice) -> Tensor:
+        """The values at the features φ (n, F) of the particles `which`, with shape (n)."""
+        n, first = len(self.particles), self.witnesses[0]
+        if self.self_term == "independent":
+            in_first_half = torch.arange(n, device=phi.device)[which] < n // 2
+            return torch.where(in_first_half, first(phi), self.witnesses[1](phi))
+        f = first(phi)
+        if self.self_term == "include":
+            return f
+        # mean over the others = mean over all + (mean over all − own) / (N − 1), in the particles' part of the witness
+        kernel, weight = first.kernel, first.weights[0] * (1 if self.means_only else n)
+        pooled = self.particles.mean(0, keepdim=True) if isinstance(kernel, LinearKernel) else self.particles
+        own = kernel(phi[:, None], self.particles[which][:, None])[:, 0, 0]
+        return f + weight * (kernel(phi, pooled).mean(-1) - own) / (n - 1)
+
+
 def witness_gradient(
-    feature_net: nn.Module,
-    z: Tensor,
-    embeddings: MeanEmbeddings,
-    level: int,
-    exact: bool,
-    rescale: bool = True,
-    chunk_size: int | None = None,
+    feature_net: nn.Module, z: Tensor, embeddings: MeanEmbeddings, level: int, exact: bool, **options
 ) -> Tensor:
     """∇f_t at the particles.
 
@@ -98,35 +180,45 @@ def witness_gradient(
         z: Particles, with shape (N, C, H, W).
         embeddings: The stored mean embeddings.
         level: Index of the noise level.
-        exact: Whether Δ_t is that of the particles or the stored one.
-        rescale: Whether the exact Δ_t is brought to the stored norm.
-        chunk_size: Particles that pass through φ at once; all if None. The exact witness then takes a second forward.
+        exact: Whether the witness is that of the particles or the stored one.
+        options: How the gradient is taken: the fields of `FlowOptions`.
 
     Returns:
         The gradients, shaped like z.
+
+    Raises:
+        ValueError: If an option is out of range, or `self_term` needs more particles than there are.
     """
-    t = embeddings.levels[level]
-    chunks = z.split(chunk_size or len(z))
-    delta = embeddings.delta[level]
-    if exact and len(chunks) > 1:
+    return gradient_at_level(feature_net, z, embeddings.at_level(level), exact, FlowOptions(**options))
+
+
+def gradient_at_level(
+    feature_net: nn.Module, z: Tensor, embeddings: LevelEmbeddings, exact: bool, options: FlowOptions
+) -> Tensor:
+    """`witness_gradient` for the stored embeddings of one level."""
+    if exact and options.self_term != "include" and len(z) < 2:
+        raise ValueError(f"self_term={options.self_term!r} needs at least 2 particles; got {len(z)}")
+    size, query, witness = options.chunk_size or len(z), z, None
+    if options.noise_injection:
+        noise = randn_tensor(z.shape, generator=options.generator, device=z.device, dtype=z.dtype)
+        query = z + options.noise_injection * noise
+    if not exact:
+        witness = lambda phi, which: embeddings.stored(phi)  # noqa: E731
+    elif options.noise_injection or size < len(z):
         with torch.no_grad():
-            total = sum(feature_net(chunk, t).sum(0) for chunk in chunks)
-        delta = rescaled(total / len(z) - embeddings.clean[level], delta, rescale)
+            particles = torch.cat([feature_net(chunk, embeddings.t) for chunk in z.split(size)])
+        witness = ExactWitness(particles, embeddings, options)
     gradients = []
-    for chunk in chunks:
+    for start in range(0, len(z), size):
+        which = slice(start, start + size)
         with torch.enable_grad():
-            chunk = chunk.detach().requires_grad_()
-            phi = feature_net(chunk, t)
-            if exact and len(chunks) == 1:
-                delta = rescaled(phi.detach().mean(0) - embeddings.clean[level], delta, rescale)
-            (gradient,) = torch.autograd.grad(linear_witness(phi, delta).sum(), chunk)
+            chunk = query[which].detach().requires_grad_()
+            phi = feature_net(chunk, embeddings.t)
+            # all particles in one chunk: their features are at hand
+            witness = witness or ExactWitness(phi.detach(), embeddings, options)
+            (gradient,) = torch.autograd.grad(witness(phi, which).sum(), chunk)
         gradients.append(gradient)
     return torch.cat(gradients)
-
-
-def rescaled(delta: Tensor, stored: Tensor, rescale: bool) -> Tensor:
-    """The particles' Δ_t at the norm of the stored one."""
-    return delta * (stored.norm() / delta.norm().clamp(min=1e-12)) if rescale else delta
 
 
 def gradient_flow(
@@ -134,9 +226,8 @@ def gradient_flow(
     z: Tensor,
     embeddings: MeanEmbeddings,
     steps: list[FlowStep],
-    rescale: bool = True,
-    chunk_size: int | None = None,
     callback: Callable[[int, FlowStep, Tensor], Tensor] | None = None,
+    **options,
 ) -> Tensor:
     """Move particles through all steps of a schedule.
 
@@ -145,16 +236,21 @@ def gradient_flow(
         z: Initial particles, with shape (N, C, H, W).
         embeddings: The stored mean embeddings.
         steps: From `flow_schedule`.
-        rescale: Whether the exact witness is brought to the stored norm; False is the paper's flow.
-        chunk_size: Particles that pass through φ at once; all if None.
         callback: Called after each step with its index, the step and the particles; returns the particles to go on.
+        options: How gradients are taken: the fields of `FlowOptions`.
 
     Returns:
         The final particles, shaped like z.
+
+    Raises:
+        ValueError: If an option is out of range, or `self_term` needs more particles than there are.
     """
+    level, stored, options = None, None, FlowOptions(**options)
     for i, step in enumerate(steps):
-        gradient = witness_gradient(feature_net, z, embeddings, step.level, step.exact, rescale, chunk_size)
-        z = z - step.step_size * gradient
+        if step.level != level:
+            level, stored = step.level, embeddings.at_level(step.level)
+        gradient = gradient_at_level(feature_net, z, stored, step.exact, options)
+        z = step.scale * z - step.step_size * gradient
         if callback is not None:
             z = callback(i, step, z)
     return z
@@ -162,26 +258,35 @@ def gradient_flow(
 
 @torch.no_grad()
 def measure_embeddings(
-    feature_net: nn.Module, pairs: list[tuple[Tensor, Tensor]], t: Tensor
+    feature_net: nn.Module,
+    pairs: list[tuple[Tensor, Tensor]],
+    t: Tensor,
+    discrepancy: Discrepancy | None = None,
 ) -> tuple[Tensor, Tensor, float]:
     """Mean embeddings and gradient scale of one level, from pairs of the forward process.
 
     Args:
         feature_net: φ.
-        pairs: Batches of (x_0, x_t), each with shape (B, C, H, W).
+        pairs: Batches of (x_0, x_t), each with shape (B, C, H, W); N pairs in all.
         t: The level, with shape ().
+        discrepancy: Whose witness it is; the MMD of the linear kernel by default.
 
     Returns:
-        E φ(x_0, t) and E φ(x_t, t), with shape (F), and the least-squares scale s = Σ ⟨g, x_t − x_0⟩ / Σ ‖g‖² of the
-        gradients g of ⟨φ, Δ⟩ at x_t; 0 where they do not point along x_t − x_0 at all, so that the flow stands still.
+        The mean embeddings of X_0 and X_t, as means with shape (F) where these are enough and as features with shape
+        (N, F) where not; and the least-squares scale s = Σ ⟨g, x_t − x_0⟩ / Σ ‖g‖² of the gradients g of the witness
+        at x_t; 0 where they do not point along x_t − x_0 at all, so that the flow stands still.
     """
-    clean = torch.cat([feature_net(x_0, t) for x_0, _ in pairs]).mean(0)
-    noisy = torch.cat([feature_net(x_t, t) for _, x_t in pairs]).mean(0)
+    discrepancy = discrepancy or MMD()
+    clean = torch.cat([feature_net(x_0, t) for x_0, _ in pairs])
+    noisy = torch.cat([feature_net(x_t, t) for _, x_t in pairs])
+    witness = replace(discrepancy, kernel=discrepancy.kernel.fitted(noisy, clean)).witness(noisy, clean)
     inner = square = 0.0
     for x_0, x_t in pairs:
         with torch.enable_grad():
             x = x_t.detach().requires_grad_()
-            (g,) = torch.autograd.grad(linear_witness(feature_net(x, t), noisy - clean).sum(), x)
+            (g,) = torch.autograd.grad(witness(feature_net(x, t)).sum(), x)
         inner += (g * (x_t - x_0)).sum().item()
         square += g.square().sum().item()
+    if discrepancy.needs_means_only:
+        clean, noisy = clean.mean(0), noisy.mean(0)
     return clean, noisy, max(0.0, inner / square) if square > 0 else 0.0

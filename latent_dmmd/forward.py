@@ -2,7 +2,8 @@
 
 DMMD needs draws of x_t and nothing else: no derivative in t, no density. A process is therefore one method,
 `sample(x_0, t, eps)`, and one number a level, the root-mean-square displacement d(t), which calibrates step sizes.
-Latents are standardised, so E x_0 = 0 and E x_0² = 1 per element.
+Latents are standardised, so E x_0 = 0 and E x_0² = 1 per element. Every process ends in x_1 ~ N(0, I), where the flow
+starts.
 """
 
 import math
@@ -20,10 +21,30 @@ class ForwardProcess:
     """Base class: `sample` draws x_t, `displacement` is the root-mean-square distance it moves an element."""
 
     def sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """Draws of x_t given x_0.
+
+        Args:
+            x_0: Clean particles, with shape (B, C, H, W).
+            t: Noise levels in [0, 1], with shape (B).
+            eps: Standard normal noise, shaped like x_0.
+
+        Returns:
+            x_t, shaped like x_0.
+        """
         raise NotImplementedError
 
     def displacement(self, t: Tensor) -> Tensor:
+        """d(t) = (E ‖x_t − x_0‖² / D)^½ for standardised x_0; shaped like t."""
         raise NotImplementedError
+
+    def step_coefficients(self, t: float, start: float, end: float) -> tuple[float, float]:
+        """(a, b) such that z ↦ a z − b (x_t − x_0) moves a particle from level `start` to `end`, t ≥ start > end ≥ 0.
+
+        The difference x_t − x_0 belongs to level t, whose witness is in use. In general the particle goes straight
+        towards x_0, in proportion to the displacement: a = 1, b = (d(start) − d(end)) / d(t).
+        """
+        d_t, d_start, d_end = self.displacement(torch.tensor([t, start, end], dtype=torch.float64)).tolist()
+        return 1.0, (d_start - d_end) / d_t
 
 
 class GaussianProcess(ForwardProcess):
@@ -36,21 +57,27 @@ class GaussianProcess(ForwardProcess):
         raise NotImplementedError
 
     def sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Draws of x_t given x_0.
-
-        Args:
-            x_0: Clean particles, with shape (B, C, H, W).
-            t: Noise levels in [0, 1], with shape (B).
-            eps: Standard normal noise, shaped like x_0.
-
-        Returns:
-            x_t, shaped like x_0.
-        """
         return expand_as(self.alpha(t), x_0) * x_0 + expand_as(self.sigma(t), x_0) * eps
 
     def displacement(self, t: Tensor) -> Tensor:
-        """d(t) = (E ‖x_t − x_0‖² / D)^½ = ((1 − α_t)² + σ_t²)^½ for standardised x_0; shaped like t."""
+        """d(t) = ((1 − α_t)² + σ_t²)^½ for standardised x_0; shaped like t."""
         return ((1 - self.alpha(t)).square() + self.sigma(t).square()).sqrt()
+
+    def step_coefficients(self, t: float, start: float, end: float) -> tuple[float, float]:
+        """(a, b) such that z ↦ a z − b (x_t − x_0) keeps to the process: from α_s x_0 + σ_s ε to α_e x_0 + σ_e ε.
+
+        With s = start and e = end, z = α_s x_0 + σ_s ε and x_t − x_0 = (α_t − 1) x_0 + σ_t ε are two equations for x_0
+        and ε. Their solution gives, with δ = α_s σ_t + σ_s (1 − α_t),
+
+            a = (α_e σ_t + σ_e (1 − α_t)) / δ,      b = (α_e σ_s − σ_e α_s) / δ
+
+        For the linear interpolant a = 1 and b = (s − e) / t, a plain gradient step. A variance-preserving process
+        changes scale as well, and a particle that only went straight towards x_0 would be too small on the way.
+        """
+        times = torch.tensor([t, start, end], dtype=torch.float64)
+        (alpha, alpha_s, alpha_e), (sigma, sigma_s, sigma_e) = self.alpha(times).tolist(), self.sigma(times).tolist()
+        delta = alpha_s * sigma + sigma_s * (1 - alpha)
+        return (alpha_e * sigma + sigma_e * (1 - alpha)) / delta, (alpha_e * sigma_s - sigma_e * alpha_s) / delta
 
 
 class LinearInterpolant(GaussianProcess):
@@ -85,7 +112,43 @@ class VPLinear(GaussianProcess):
         return (1 - self.alpha(t).square()).clamp(min=0).sqrt()
 
 
-FORWARD_PROCESSES = {"linear": LinearInterpolant, "vp-cosine": VPCosine, "vp-linear": VPLinear}
+class Blur(ForwardProcess):
+    """x_t = (1 − t) B_t x_0 + t ε: a blur that takes fine structure first, as in cold diffusion, under noise.
+
+    B_t is the heat equation with reflecting borders, run until a standard deviation of t · `max_scale` pixels: it
+    multiplies the cosine transform at frequency ω ∈ [0, π)² by exp(−½ ‖ω‖² t² max_scale²) (Bansal et al., 2022;
+    Rissanen et al., 2023). Not of the form α_t x_0 + σ_t ε: every frequency has its own signal-to-noise ratio.
+    """
+
+    max_scale = 1.0
+
+    def attenuation(self, t: Tensor, height: int, width: int) -> Tensor:
+        """Factors of the cosine transform, with shape (B, H, W), for t of shape (B)."""
+        y, x = (math.pi * torch.arange(n, dtype=t.dtype, device=t.device) / n for n in (height, width))
+        square = y.square()[:, None] + x.square()[None, :]
+        return torch.exp(-0.5 * square * (t * self.max_scale).square()[:, None, None])
+
+    def sample(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        rows, columns = (cosine_basis(n).to(x_0) for n in x_0.shape[-2:])
+        spectrum = rows @ x_0 @ columns.T * self.attenuation(t, *x_0.shape[-2:])[:, None]
+        t = expand_as(t, x_0)
+        return (1 - t) * (rows.T @ spectrum @ columns) + t * eps
+
+    def displacement(self, t: Tensor) -> Tensor:
+        """d(t) for standardised x_0 with a flat spectrum, an upper estimate for smooth ones; shaped like t."""
+        kept = (1 - t)[:, None, None] * self.attenuation(t, 64, 64)
+        return ((1 - kept).square().mean((1, 2)) + t.square()).sqrt()
+
+
+def cosine_basis(n: int) -> Tensor:
+    """The orthonormal discrete cosine transform (type II) as a matrix (n, n), one frequency a row."""
+    position, frequency = torch.arange(n, dtype=torch.float64) + 0.5, torch.arange(n, dtype=torch.float64)
+    basis = torch.cos(math.pi / n * frequency[:, None] * position) * (2 / n) ** 0.5
+    basis[0] *= 0.5**0.5
+    return basis
+
+
+FORWARD_PROCESSES = {"linear": LinearInterpolant, "vp-cosine": VPCosine, "vp-linear": VPLinear, "blur": Blur}
 
 
 def get_forward_process(name: str) -> ForwardProcess:

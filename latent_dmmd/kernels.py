@@ -2,8 +2,11 @@
 
 A noise-adaptive kernel is a base kernel on noise-conditional features, k_t(z, z') = k(φ(z, t), φ(z', t)). Every kernel
 here maps features of shape (N, F) and (M, F) to the Gram matrix (N, M) in float32 or better, whatever the autocast
-state, and has second derivatives everywhere: squared distances are written out, since `torch.cdist` has none.
+state, and has second derivatives everywhere: squared distances are written out, since `torch.cdist` has none. Leading
+dimensions are independent problems: (…, N, F) and (…, M, F) give (…, N, M).
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +16,13 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     """‖x_i − y_j‖² for all pairs, clamped at 0.
 
     Args:
-        x: Features, with shape (N, F).
-        y: Features, with shape (M, F).
+        x: Features, with shape (…, N, F).
+        y: Features, with shape (…, M, F).
 
     Returns:
-        The squared Euclidean distances, with shape (N, M).
+        The squared Euclidean distances, with shape (…, N, M).
     """
-    distances = x.square().sum(1)[:, None] + y.square().sum(1)[None, :] - 2 * x @ y.T
+    distances = x.square().sum(-1)[..., :, None] + y.square().sum(-1)[..., None, :] - 2 * x @ y.mT
     return distances.clamp(min=0)
 
 
@@ -29,12 +32,19 @@ class Kernel(nn.Module):
     def gram(self, x: Tensor, y: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def fitted(self, x: Tensor, y: Tensor) -> "Kernel":
+        """This kernel with everything that depends on data settled on the pooled points, (…, N, F) and (…, M, F).
+
+        A discrepancy has several Gram matrices; it asks for this first, so that all of them are of one kernel.
+        """
+        return self
+
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
-            raise ValueError(f"features must be (N, F) and (M, F); got {tuple(x.shape)} and {tuple(y.shape)}")
+        if x.ndim < 2 or y.ndim < 2 or x.shape[-1] != y.shape[-1]:
+            raise ValueError(f"features must be (…, N, F) and (…, M, F); got {tuple(x.shape)} and {tuple(y.shape)}")
         # bf16 loses the difference of nearly equal means
         with torch.autocast(x.device.type, enabled=False):
-            dtype = torch.promote_types(x.dtype, torch.float32)
+            dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
             return self.gram(x.to(dtype), y.to(dtype))
 
 
@@ -42,15 +52,15 @@ class LinearKernel(Kernel):
     """k(x, y) = ⟨x, y⟩, the paper's choice: mean embeddings are vectors, and all sums cost O(N)."""
 
     def gram(self, x: Tensor, y: Tensor) -> Tensor:
-        return x @ y.T
+        return x @ y.mT
 
 
 class GaussianKernel(Kernel):
     """k(x, y) = Σ_b exp(−‖x − y‖² / (2 b²)), summed over the bandwidths b.
 
     Args:
-        bandwidth: One bandwidth, several, or "median": the median distance of the pooled points, found anew at each
-            call and treated as a constant (Gretton et al., 2012, sec. 8).
+        bandwidth: One bandwidth, several, or "median": the median distance of the pooled points, found anew for
+            each discrepancy and each problem of a batch, and treated as a constant (Gretton et al., 2012, sec. 8).
 
     Raises:
         ValueError: If a bandwidth is not positive.
@@ -67,10 +77,16 @@ class GaussianKernel(Kernel):
             if not self.bandwidths or min(self.bandwidths) <= 0:
                 raise ValueError(f"bandwidths must be positive; got {bandwidth}")
 
+    def fitted(self, x: Tensor, y: Tensor) -> "GaussianKernel":
+        if self.bandwidths is not None:
+            return self
+        kernel = GaussianKernel()
+        kernel.bandwidths = (median_distance(x, y)[..., None, None],)
+        return kernel
+
     def gram(self, x: Tensor, y: Tensor) -> Tensor:
         distances = squared_distances(x, y)
-        bandwidths = (median_distance(x, y),) if self.bandwidths is None else self.bandwidths
-        return sum(torch.exp(-distances / (2 * b**2)) for b in bandwidths)
+        return sum(torch.exp(-distances / (2 * b**2)) for b in self.fitted(x, y).bandwidths)
 
 
 class RationalQuadraticKernel(Kernel):
@@ -86,6 +102,8 @@ class RationalQuadraticKernel(Kernel):
 
     def __init__(self, alpha: float = 1.0, bandwidth: float = 1.0) -> None:
         super().__init__()
+        if isinstance(bandwidth, (str, list, tuple)):
+            raise ValueError(f"the rational-quadratic kernel needs one bandwidth, a number; got {bandwidth!r}")
         if alpha <= 0 or bandwidth <= 0:
             raise ValueError(f"alpha and bandwidth must be positive; got {alpha} and {bandwidth}")
         self.alpha, self.bandwidth = alpha, bandwidth
@@ -97,7 +115,27 @@ class RationalQuadraticKernel(Kernel):
 
 @torch.no_grad()
 def median_distance(x: Tensor, y: Tensor) -> Tensor:
-    """The median Euclidean distance between distinct points of x and y pooled, with shape ()."""
-    points = torch.cat([x, y])
-    i, j = torch.triu_indices(len(points), len(points), offset=1, device=points.device)
-    return squared_distances(points, points)[i, j].median().clamp(min=1e-12).sqrt()
+    """The median Euclidean distance between distinct points of x and y pooled, with shape (…)."""
+    points = torch.cat([x, y], dim=-2)
+    n = points.shape[-2]
+    i, j = torch.triu_indices(n, n, offset=1, device=points.device)
+    distances = squared_distances(points, points)[..., i, j]
+    return distances.median(dim=-1).values.clamp(min=1e-12).sqrt()
+
+
+KERNELS: dict[str, Callable[..., Kernel]] = {
+    "linear": LinearKernel,
+    "gaussian": GaussianKernel,
+    "rational-quadratic": RationalQuadraticKernel,
+}
+
+
+def get_kernel(name: str, **options: float | list[float] | str) -> Kernel:
+    """The kernel of that name, with the arguments of its class.
+
+    Raises:
+        ValueError: If there is no such kernel, or an argument is out of range.
+    """
+    if name not in KERNELS:
+        raise ValueError(f"no kernel {name!r}; choose one of {', '.join(KERNELS)}")
+    return KERNELS[name](**options)

@@ -1,12 +1,12 @@
 """Training objectives for the features: the paper's, and witness matching.
 
-A step sees L noise levels and B pairs (x_0, x_t) at each. With the linear kernel the witness of level t is
-f_t(z) = ⟨φ(z, t), Δ_t⟩, Δ_t = E φ(x_t, t) − E φ(x_0, t), and its gradient is looked at on the segments of the forward
-path, x̃_u = (1 − u) x_0 + u x_t with u ~ U[0, 1].
+A step sees L noise levels and B pairs (x_0, x_t) at each. The witness f_t of level t comes from a discrepancy between
+the features of X_t and of X_0; with MMD and the linear kernel f_t(z) = ⟨φ(z, t), Δ_t⟩, Δ_t = E φ(x_t, t) − E φ(x_0, t).
+Its gradient is looked at on the segments of the forward path, x̃_u = (1 − u) x_0 + u x_t with u ~ U[0, 1].
 
-**DMMD** (Galashov et al., 2025) maximises MMD² under a gradient penalty:
+**DMMD** (Galashov et al., 2025) maximises the discrepancy D, MMD² or KALE, under a gradient penalty:
 
-    L = −MMD²_u[x_t, x_0] + λ_∇ E (‖∇f_t(x̃_u)‖ − c)² + λ_ℓ2 (E ‖φ(x_0, t)‖² + E ‖φ(x_t, t)‖²),      c = 1 or 0
+    L = −D[x_t, x_0] + λ_∇ E (‖∇f_t(x̃_u)‖ − c)² + λ_ℓ2 (E ‖φ(x_0, t)‖² + E ‖φ(x_t, t)‖²),      c = 1 or 0
 
 **Witness matching** is the same objective for c = 0 with a far better estimator. Along every pair
 f(x_t) − f(x_0) = ∫₀¹ ⟨∇f(x̃_u), x_t − x_0⟩ du, hence for any λ
@@ -15,8 +15,13 @@ f(x_t) − f(x_0) = ∫₀¹ ⟨∇f(x̃_u), x_t − x_0⟩ du, hence for any λ
 
 and the right-hand side needs φ at x̃_u alone: a least-squares regression of the witness gradient on the displacement,
 that is, flow matching restricted to gradients of witnesses. Two choices make it well scaled: the witness is normalised,
-f = ⟨φ, Δ_t / ‖Δ_t‖⟩, the unit-ball witness of MMD instead of MMD², and λ_t = (E ‖x_t − x_0‖²)^½, so that the regression
-target has unit length at every level and the loss is the unexplained fraction of the displacement.
+f / ‖f‖_H, the unit-ball witness of MMD instead of MMD², and λ_t = (E ‖x_t − x_0‖²)^½, so that the regression target has
+unit length at every level and the loss is the unexplained fraction of the displacement.
+
+**Mean embeddings.** The witness depends on the distributions of X_t and X_0 at level t, which three sources estimate,
+behind one interface, `EmbeddingSource`: the batch with gradient (the paper's: three forwards of φ a step), the batch
+through the averaged network without (one forward with gradient, two without), and running embeddings per level from the
+averaged network, refreshed every few steps (one forward with gradient, and the least noise).
 """
 
 from typing import Literal, NamedTuple
@@ -27,8 +32,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
-from latent_dmmd.discrepancy import linear_mmd2, linear_witness
+from latent_dmmd.discrepancy import MMD, Discrepancy, Witness
 from latent_dmmd.forward import ForwardProcess, noise_levels
+
+MeanEmbeddingSource = Literal["running", "ema", "batch"]
 
 
 class Batch(NamedTuple):
@@ -63,7 +70,7 @@ def across_ranks(phi: Tensor) -> Tensor:
 
 
 class Objective(nn.Module):
-    """Base class: the features, the forward process and the grid of noise levels.
+    """Base class: the features, the forward process, the grid of noise levels and the discrepancy.
 
     The whole loss is computed in `forward`, so that wrappers which synchronise gradients see every use of φ.
 
@@ -71,12 +78,20 @@ class Objective(nn.Module):
         feature_net: φ, from (B, C, H, W) and (B) to (B, F).
         process: The forward process.
         num_noise_levels: Size T of the grid t_k = k / T.
+        discrepancy: Whose witness it is; the MMD of the linear kernel by default.
     """
 
-    def __init__(self, feature_net: nn.Module, process: ForwardProcess, num_noise_levels: int) -> None:
+    def __init__(
+        self,
+        feature_net: nn.Module,
+        process: ForwardProcess,
+        num_noise_levels: int,
+        discrepancy: Discrepancy | None = None,
+    ) -> None:
         super().__init__()
         self.feature_net = feature_net
         self.process = process
+        self.discrepancy = discrepancy or MMD()
         self.register_buffer("levels", noise_levels(num_noise_levels), persistent=False)
 
     def forward(self, batch: Batch) -> Terms:
@@ -93,23 +108,30 @@ class Objective(nn.Module):
         t = self.levels[level].repeat_interleave(x.shape[1])
         return (net or self.feature_net)(x.flatten(0, 1), t).unflatten(0, x.shape[:2])
 
-    def witness_gradient(self, x_0: Tensor, x_t: Tensor, u: Tensor, level: Tensor, delta: Tensor) -> Tensor:
-        """∇f_t(x̃_u) for the witness ⟨φ(·, t), delta⟩, in a graph for a second derivative, with shape (L, B, C H W)."""
-        u = rearrange(u, "l b -> l b 1 1 1")
-        x_u = ((1 - u) * x_0 + u * x_t).detach().requires_grad_()
-        f = linear_witness(self.features(x_u, level), delta)
+    def both_features(self, batch: Batch, x_t: Tensor, net: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        """φ(x_0, t) and φ(x_t, t) of all W ranks, each with shape (L, W B, F)."""
+        phi = self.features(torch.cat([batch.x_0, x_t], dim=1), batch.level, net)
+        phi_0, phi_t = (across_ranks(half) for half in phi.chunk(2, dim=1))
+        return phi_0, phi_t
+
+    def witness_gradient(self, batch: Batch, x_t: Tensor, witness: Witness) -> Tensor:
+        """∇f_t at x̃_u, with shape (L, B, D), differentiable, for the witnesses of the L levels."""
+        u = rearrange(batch.u, "l b -> l b 1 1 1")
+        x_u = ((1 - u) * batch.x_0 + u * x_t).detach().requires_grad_()
+        f = witness(self.features(x_u, batch.level))
         (gradient,) = torch.autograd.grad(f.sum(), x_u, create_graph=True)
         return gradient.to(torch.promote_types(gradient.dtype, torch.float32)).flatten(2)
 
     def gradient_length(self) -> Tensor | None:
-        """λ_t such that ∇f_t ≈ (x_t − x_0) / λ_t where the objective says so, with shape (T); None to measure it."""
+        """λ_t such that ∇f_t / ‖f_t‖_H ≈ (x_t − x_0) / λ_t where the objective says so, with shape (T); None if not."""
         return None
 
 
 class DMMD(Objective):
-    """The paper's objective (Galashov et al., 2025, Algorithm 1), with the U-statistic and the linear kernel.
+    """The paper's objective (Galashov et al., 2025, Algorithm 1); with KALE the features of D-KALE-Flow.
 
-    Terms: `mmd2`, `gradient_penalty`, `feature_penalty`, and the diagnostic `gradient_norm`.
+    Terms: the discrepancy by its name, `mmd2` (U-statistic) or `kale`; `gradient_penalty`; `feature_penalty`; and the
+    diagnostic `gradient_norm`.
 
     Args:
         gradient_weight: λ_∇.
@@ -125,45 +147,138 @@ class DMMD(Objective):
         gradient_weight: float = 1.0,
         gradient_center: float = 1.0,
         feature_weight: float = 1e-3,
+        discrepancy: Discrepancy | None = None,
     ) -> None:
-        super().__init__(feature_net, process, num_noise_levels)
+        super().__init__(feature_net, process, num_noise_levels, discrepancy)
         self.gradient_weight, self.gradient_center = gradient_weight, gradient_center
         self.feature_weight = feature_weight
 
     def forward(self, batch: Batch) -> Terms:
         x_t = self.noisy(batch)
-        phi = self.features(torch.cat([batch.x_0, x_t], dim=1), batch.level)
-        phi_0, phi_t = (across_ranks(half) for half in phi.chunk(2, dim=1))
-        mmd2 = linear_mmd2(phi_t, phi_0, estimator="u").mean()
-
-        delta = phi_t.mean(1) - phi_0.mean(1)
-        gradient = self.witness_gradient(batch.x_0, x_t, batch.u, batch.level, delta)
+        phi_0, phi_t = self.both_features(batch, x_t)
+        value = self.discrepancy.value(phi_t, phi_0).mean()
+        gradient = self.witness_gradient(batch, x_t, self.discrepancy.witness(phi_t, phi_0))
         norm = (gradient.square().sum(-1) + 1e-12).sqrt()  # the plain norm has no derivative at 0
         penalty = self.gradient_weight * (norm - self.gradient_center).square().mean()
         features = self.feature_weight * (phi_0.square().sum(-1).mean() + phi_t.square().sum(-1).mean())
-        named = {"mmd2": mmd2, "gradient_penalty": penalty, "feature_penalty": features, "gradient_norm": norm.mean()}
-        return Terms(-mmd2 + penalty + features, {name: value.detach() for name, value in named.items()})
+        named = {
+            self.discrepancy.name: value,
+            "gradient_penalty": penalty,
+            "feature_penalty": features,
+            "gradient_norm": norm.mean(),
+        }
+        return Terms(-value + penalty + features, {name: term.detach() for name, term in named.items()})
 
 
-MeanEmbeddingSource = Literal["running", "ema", "batch"]
+class EmbeddingSource(nn.Module):
+    """Base class of the three sources: the witnesses of a batch's levels, estimated one way or another."""
+
+    def forward(self, objective: Objective, batch: Batch, x_t: Tensor) -> Witness:
+        """The witnesses of the levels of the batch, whose points have shape (L, M, F)."""
+        raise NotImplementedError
+
+
+class BatchEmbeddings(EmbeddingSource):
+    """The batch itself, with gradient, as in the paper: 2 B more forwards of φ a level, and the noise of B pairs."""
+
+    def forward(self, objective: Objective, batch: Batch, x_t: Tensor) -> Witness:
+        phi_0, phi_t = objective.both_features(batch, x_t)
+        return objective.discrepancy.witness(phi_t, phi_0)
+
+
+class AveragedEmbeddings(EmbeddingSource):
+    """The batch through the averaged network, without gradient: 2 B more forwards, none of them kept for backward.
+
+    Args:
+        averaged_net: The averaged network (EMA of φ).
+    """
+
+    def __init__(self, averaged_net: nn.Module) -> None:
+        super().__init__()
+        self._net = (averaged_net,)  # in a tuple: not a submodule, its weights are the EMA's to save
+
+    @torch.no_grad()
+    def forward(self, objective: Objective, batch: Batch, x_t: Tensor) -> Witness:
+        phi_0, phi_t = objective.both_features(batch, x_t, self._net[0])
+        return objective.discrepancy.witness(phi_t, phi_0)
+
+
+class RunningEmbeddings(EmbeddingSource):
+    """Running embeddings per level from the averaged network, refreshed every few steps.
+
+    Where means are enough, `clean` and `noisy` (T, F) are running means: a plain average at first, then exponential.
+    Otherwise they are the features of the latest M draws, with shape (T, M, F). Either way they are what the samplers
+    store.
+
+    Args:
+        averaged_net: The averaged network (EMA of φ).
+        num_noise_levels: T.
+        num_features: F.
+        num_points: M; 0 keeps means.
+        momentum: Weight of the past in the running means, in [0, 1).
+        refresh_every: Steps between two refreshes.
+    """
+
+    def __init__(
+        self,
+        averaged_net: nn.Module,
+        num_noise_levels: int,
+        num_features: int,
+        num_points: int = 0,
+        momentum: float = 0.97,
+        refresh_every: int = 4,
+    ) -> None:
+        super().__init__()
+        self._net = (averaged_net,)
+        self.num_points, self.momentum, self.refresh_every = num_points, momentum, refresh_every
+        points = (num_points,) if num_points else ()
+        self.register_buffer("clean", torch.zeros(num_noise_levels, *points, num_features))
+        self.register_buffer("noisy", torch.zeros(num_noise_levels, *points, num_features))
+        self.register_buffer("num_updates", torch.zeros(num_noise_levels, dtype=torch.long))
+        self.register_buffer("num_steps", torch.zeros((), dtype=torch.long))
+
+    @torch.no_grad()
+    def forward(self, objective: Objective, batch: Batch, x_t: Tensor) -> Witness:
+        level = batch.level
+        if self.num_steps % self.refresh_every == 0 or not self.num_updates[level].all():
+            clean, noisy = objective.both_features(batch, x_t, self._net[0])
+            update = self.replace_oldest if self.num_points else self.average
+            update(self.clean, level, clean.to(self.clean))
+            update(self.noisy, level, noisy.to(self.noisy))
+            self.num_updates[level] += 1
+        self.num_steps += 1
+        clean, noisy = self.clean[level], self.noisy[level]
+        if not self.num_points:
+            clean, noisy = clean[:, None], noisy[:, None]
+        return objective.discrepancy.witness(noisy, clean)
+
+    def average(self, table: Tensor, level: Tensor, phi: Tensor) -> None:
+        past = self.num_updates[level].float()[:, None]
+        # a plain average until it is as long as the exponential one
+        weight = torch.minimum(past / (past + 1), torch.full_like(past, self.momentum))
+        table[level] = weight * table[level] + (1 - weight) * phi.mean(1)
+
+    def replace_oldest(self, table: Tensor, level: Tensor, phi: Tensor) -> None:
+        # the first batch of a level fills all of its points
+        for k, draws in zip(level.tolist(), phi):
+            if self.num_updates[k] == 0:
+                table[k] = draws[torch.arange(self.num_points) % len(draws)]
+            start = int(self.num_updates[k]) * len(draws)
+            table[k, (start + torch.arange(len(draws))) % self.num_points] = draws
 
 
 class WitnessMatching(Objective):
     """Regression of the normalised witness gradient on the displacement x_t − x_0.
 
-    Terms: `matching`, in [0, 1] for any sensible field: 1 is the zero field; and the diagnostics `mmd`, the norm of
-    the mean embeddings' difference, and `cosine`, between witness gradient and displacement.
-
-    The direction Δ_t / ‖Δ_t‖ comes from one of three sources. `"batch"`: the mean embeddings of the batch, with
-    gradient; 3 forwards of φ. `"ema"`: those of the averaged network, without. `"running"`: a table of running means
-    per level from the averaged network, refreshed every few steps: 1 forward, and far less noise. The table is also
-    what the approximate sampler uses.
+    Terms: `matching`, in [0, 1] for any sensible field: 1 is the zero field; and the diagnostics `mmd` (or `kale`), the
+    norm ‖f_t‖_H of the witness, and `cosine`, between witness gradient and displacement.
 
     Args:
         averaged_net: The averaged network (EMA of φ); needed for "ema" and "running".
-        mean_embeddings: The source.
-        momentum: Weight of the past in the running means.
-        refresh_every: Steps between two refreshes of the running means.
+        mean_embeddings: The source: "running", "ema" or "batch".
+        momentum: See `RunningEmbeddings`.
+        refresh_every: See `RunningEmbeddings`.
+        num_points: Features that "running" keeps of each level where means are not enough.
     """
 
     def __init__(
@@ -175,57 +290,37 @@ class WitnessMatching(Objective):
         mean_embeddings: MeanEmbeddingSource = "running",
         momentum: float = 0.97,
         refresh_every: int = 4,
+        discrepancy: Discrepancy | None = None,
+        num_points: int = 128,
     ) -> None:
-        super().__init__(feature_net, process, num_noise_levels)
+        super().__init__(feature_net, process, num_noise_levels, discrepancy)
         if mean_embeddings not in ("running", "ema", "batch"):
             raise ValueError(f"mean_embeddings must be 'running', 'ema' or 'batch'; got {mean_embeddings!r}")
         if mean_embeddings != "batch" and averaged_net is None:
             raise ValueError(f"mean_embeddings={mean_embeddings!r} needs the averaged network")
-        self.source, self.momentum, self.refresh_every = mean_embeddings, momentum, refresh_every
-        self._averaged_net = (averaged_net,)  # in a tuple: not a submodule, its weights are the EMA's to save
-        num_features = feature_net.config.num_features
-        self.register_buffer("clean_mean", torch.zeros(num_noise_levels, num_features))
-        self.register_buffer("noisy_mean", torch.zeros(num_noise_levels, num_features))
-        self.register_buffer("num_updates", torch.zeros(num_noise_levels, dtype=torch.long))
-        self.register_buffer("num_steps", torch.zeros((), dtype=torch.long))
+        if mean_embeddings == "batch":
+            self.source = BatchEmbeddings()
+        elif mean_embeddings == "ema":
+            self.source = AveragedEmbeddings(averaged_net)
+        else:
+            points = 0 if self.discrepancy.needs_means_only else num_points
+            features = feature_net.config.num_features
+            self.source = RunningEmbeddings(
+                averaged_net, num_noise_levels, features, points, momentum=momentum, refresh_every=refresh_every
+            )
 
     def forward(self, batch: Batch) -> Terms:
         x_t = self.noisy(batch)
-        if self.source == "batch":
-            phi = self.features(torch.cat([batch.x_0, x_t], dim=1), batch.level)
-            phi_0, phi_t = (across_ranks(half) for half in phi.chunk(2, dim=1))
-            delta = phi_t.mean(1) - phi_0.mean(1)
-        else:
-            delta = self.averaged_delta(batch, x_t)
-        mmd = (delta.square().sum(-1, keepdim=True) + 1e-12).sqrt()
-
-        gradient = self.witness_gradient(batch.x_0, x_t, batch.u, batch.level, delta / mmd)
+        witness = self.source(self, batch, x_t)
+        norm = witness.norm()
+        gradient = self.witness_gradient(batch, x_t, witness.scaled(1 / norm))
         displacement = (x_t - batch.x_0).flatten(2)
         target = displacement / rearrange(self.gradient_length()[batch.level], "l -> l 1 1")
         matching = (gradient - target).square().sum(-1).mean()
         with torch.no_grad():
             cosine = torch.cosine_similarity(gradient, displacement, dim=-1).mean()
-        return Terms(matching, {"matching": matching.detach(), "mmd": mmd.detach().mean(), "cosine": cosine})
-
-    @torch.no_grad()
-    def averaged_delta(self, batch: Batch, x_t: Tensor) -> Tensor:
-        """Δ_t at the batch's levels from the averaged network, with shape (L, F); refreshes the running means."""
-        level = batch.level
-        stale = self.num_steps % self.refresh_every == 0 or not self.num_updates[level].all()
-        self.num_steps += 1
-        if self.source == "ema" or stale:
-            phi = self.features(torch.cat([batch.x_0, x_t], dim=1), level, self._averaged_net[0])
-            clean, noisy = (across_ranks(half).mean(1) for half in phi.chunk(2, dim=1))
-            if self.source == "ema":
-                return noisy - clean
-            # a plain average until it is as long as the running one
-            clean, noisy = clean.to(self.clean_mean), noisy.to(self.noisy_mean)
-            past = self.num_updates[level].float()[:, None]
-            weight = torch.minimum(past / (past + 1), torch.full_like(past, self.momentum))
-            self.clean_mean[level] = weight * self.clean_mean[level] + (1 - weight) * clean
-            self.noisy_mean[level] = weight * self.noisy_mean[level] + (1 - weight) * noisy
-            self.num_updates[level] += 1
-        return self.noisy_mean[level] - self.clean_mean[level]
+        name = self.discrepancy.name.removesuffix("2")
+        return Terms(matching, {"matching": matching.detach(), name: norm.detach().mean(), "cosine": cosine})
 
     def gradient_length(self) -> Tensor:
         """λ_t = (E ‖x_t − x_0‖²)^½ = d(t) D^½, with shape (T)."""

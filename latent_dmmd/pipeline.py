@@ -10,7 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from latent_dmmd.features import FeatureNet, MeanEmbeddings
-from latent_dmmd.flow import FlowStep, Sampler, flow_schedule, gradient_flow
+from latent_dmmd.flow import FlowStep, Sampler, SelfTerm, flow_schedule, gradient_flow
 from latent_dmmd.latents import Autoencoder, decode_pixels, freeze, unstandardise
 
 
@@ -64,6 +64,8 @@ class LatentDMMDPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         step_size: float | None = None,
+        self_term: SelfTerm = "include",
+        noise_injection: float = 0.0,
         chunk_size: int | None = 64,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_dict: bool = True,
@@ -77,9 +79,13 @@ class LatentDMMDPipeline(DiffusionPipeline):
             steps_per_level: Gradient steps N_s at each.
             sampler: "approximate" (stored mean embeddings, independent particles), "exact" (mean embeddings of the
                 particles) or "hybrid" (exact for the last levels).
-            generator: Source of the initial noise; a list gives every picture its own.
+            generator: Source of the initial noise, and of the injected; a list gives every picture its own.
             latents: Initial standardised particles, with shape (batch_size, C, h, w), instead of noise.
-            step_size: A constant η instead of the calibrated one.
+            step_size: A constant η instead of the calibrated one, and exact witnesses of the particles' own length: the
+                paper's flow.
+            self_term: The exact witness at a particle may "include" its own feature, "leave-one-out", or be that of the
+                other half of the particles, "independent".
+            noise_injection: β ≥ 0; gradients are taken at the particle plus β times standard normal noise.
             chunk_size: Particles that pass through φ or the decoder at once; all if None.
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent": the final
                 standardised particles.
@@ -125,9 +131,12 @@ class LatentDMMDPipeline(DiffusionPipeline):
                 z,
                 self.mean_embeddings,
                 steps,
-                rescale=step_size is None,
-                chunk_size=chunk_size,
                 callback=after_step,
+                rescale=step_size is None,
+                self_term=self_term,
+                noise_injection=noise_injection,
+                chunk_size=chunk_size,
+                generator=generator,
             )
 
         # 4. decode

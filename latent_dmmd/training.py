@@ -26,11 +26,12 @@ from tqdm.auto import tqdm
 
 from latent_dmmd.config import Config, ConfigError, TrainingConfig, as_dict, differing_keys, save_config
 from latent_dmmd.data import LatentCache, PictureDataset, cache_latents, load_pictures
+from latent_dmmd.discrepancy import get_discrepancy
 from latent_dmmd.features import FeatureNet, MeanEmbeddings
 from latent_dmmd.flow import measure_embeddings
 from latent_dmmd.forward import get_forward_process
 from latent_dmmd.latents import Autoencoder, encode_moments, load_autoencoder, reconstruct, to_uint8
-from latent_dmmd.objective import DMMD, Batch, Objective, WitnessMatching
+from latent_dmmd.objective import DMMD, Batch, Objective, RunningEmbeddings, WitnessMatching
 from latent_dmmd.pictures import labelled_grid, plot_losses
 from latent_dmmd.pipeline import LatentDMMDPipeline
 
@@ -84,6 +85,7 @@ def build_objective(config: Config, feature_net: FeatureNet, averaged_net: Featu
     """The objective that the configuration names."""
     options = config.objective
     process = get_forward_process(options.forward_process)
+    discrepancy = get_discrepancy(**options.discrepancy_options())
     if options.name == "dmmd":
         return DMMD(
             feature_net,
@@ -92,6 +94,7 @@ def build_objective(config: Config, feature_net: FeatureNet, averaged_net: Featu
             gradient_weight=options.gradient_weight,
             gradient_center=options.gradient_center,
             feature_weight=options.feature_weight,
+            discrepancy=discrepancy,
         )
     return WitnessMatching(
         feature_net,
@@ -101,6 +104,8 @@ def build_objective(config: Config, feature_net: FeatureNet, averaged_net: Featu
         mean_embeddings=options.mean_embeddings,
         momentum=options.momentum,
         refresh_every=options.refresh_every,
+        discrepancy=discrepancy,
+        num_points=options.num_points,
     )
 
 
@@ -165,29 +170,38 @@ def check_tracker(name: str | None) -> None:
 
 @torch.no_grad()
 def embeddings_for_sampling(
-    objective: Objective, feature_net: FeatureNet, cache: LatentCache, seed: int, device: torch.device
+    objective: Objective, feature_net: FeatureNet, cache: LatentCache, config: Config, device: torch.device
 ) -> MeanEmbeddings:
-    """The stored mean embeddings: the running means where the objective keeps them, measured on the data otherwise."""
-    levels = objective.levels
-    embeddings = MeanEmbeddings(len(levels), feature_net.config.num_features).to(device)
+    """The stored mean embeddings: the running ones where the objective keeps them, measured on the data otherwise."""
+    levels, options = objective.levels, config.objective
+    means_only = objective.discrepancy.needs_means_only
+    embeddings = MeanEmbeddings(
+        len(levels),
+        feature_net.config.num_features,
+        num_points=0 if means_only else options.num_points,
+        forward_process=options.forward_process,
+        discrepancy=options.discrepancy_options(),
+    ).to(device)
     embeddings.levels.copy_(levels)
     embeddings.displacement.copy_(objective.process.displacement(levels))
-    running = isinstance(objective, WitnessMatching) and objective.source == "running"
-    if running and objective.num_updates.all():
-        embeddings.clean.copy_(objective.clean_mean)
-        embeddings.noisy.copy_(objective.noisy_mean)
-        embeddings.gradient_scale.copy_(objective.gradient_length() / embeddings.delta.norm(dim=1))
+    source = getattr(objective, "source", None)
+    if isinstance(source, RunningEmbeddings) and source.num_updates.all():
+        embeddings.clean.copy_(source.clean)
+        embeddings.noisy.copy_(source.noisy)
+        norms = [embeddings.at_level(k).stored.norm() for k in range(len(levels))]
+        embeddings.gradient_scale.copy_(objective.gradient_length() / torch.stack(norms))
         return embeddings
 
     still = []
+    num_pairs = NUM_MEASURED_PAIRS if means_only else options.num_points
     for k in tqdm(range(len(levels)), desc="mean embeddings", unit="level"):
-        generator, pairs = keyed_generator(seed, 0, k), []
-        for _ in range(NUM_MEASURED_PAIRS // 32):
-            x_0 = cache.draw(32, generator)
+        generator, pairs = keyed_generator(config.training.seed, 0, k), []
+        for size in torch.arange(num_pairs).split(32):
+            x_0 = cache.draw(len(size), generator)
             eps = torch.randn(x_0.shape, generator=generator)
             x_t = objective.process.sample(x_0, levels[k].cpu().expand(len(x_0)), eps)
             pairs.append((x_0.to(device), x_t.to(device)))
-        clean, noisy, scale = measure_embeddings(feature_net, pairs, levels[k])
+        clean, noisy, scale = measure_embeddings(feature_net, pairs, levels[k], objective.discrepancy)
         embeddings.clean[k], embeddings.noisy[k], embeddings.gradient_scale[k] = clean, noisy, scale
         still += [f"{levels[k].item():.2f}"] if scale == 0 else []
     if still:
@@ -293,9 +307,7 @@ def train(config: Config) -> Path:
     # finish
     if accelerator.is_main_process:
         ema.copy_to(averaged_net.parameters())
-        embeddings = embeddings_for_sampling(
-            accelerator.unwrap_model(objective), averaged_net, cache, options.seed, device
-        )
+        embeddings = embeddings_for_sampling(accelerator.unwrap_model(objective), averaged_net, cache, config, device)
         pipeline = LatentDMMDPipeline(
             averaged_net, embeddings, vae, cache.channel_mean.tolist(), cache.channel_std.tolist()
         )

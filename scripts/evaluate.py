@@ -39,7 +39,8 @@ def main() -> None:
     args = parser.parse_args()
 
     sets = [load_pictures(name, resolution=args.resolution) for name in (args.generated, args.reference)]
-    floor = load_pictures("elpv:train", resolution=args.resolution) if args.reference == "elpv:heldout" else None
+    floor_name = {"elpv:heldout": "elpv:train", "elpv:validation": "elpv:fit"}.get(args.reference)
+    floor = load_pictures(floor_name, resolution=args.resolution) if floor_name else None
     if args.num_images is not None:
         draw = torch.Generator().manual_seed(args.seed)
         sets = [Subset(s, torch.randperm(len(s), generator=draw)[: args.num_images].tolist()) for s in sets]

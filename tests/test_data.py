@@ -364,6 +364,8 @@ def test_elpv_splits():
     assert not set(train.names) & set(heldout.names)
     assert set(train.names) | set(heldout.names) == set(everything.names)
     assert heldout.names == everything.names[::10]
+    fit, validation = (load_pictures(f"elpv:{s}", 64) for s in ("fit", "validation"))
+    assert sorted(fit.names + validation.names) == train.names and validation.names == everything.names[5::10]
     assert train[0].shape == (3, 64, 64)
     assert "elpv:heldout" in refusal(load_pictures, "elpv:test")
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from latent_dmmd.discrepancy import get_discrepancy, kale_witness, mmd2, witness
 from latent_dmmd.features import MeanEmbeddings
 from latent_dmmd.flow import FlowStep, flow_schedule, gradient_flow, measure_embeddings, witness_gradient
 
@@ -93,6 +94,180 @@ def test_chunks_change_nothing_and_order_is_kept(exact):
     torch.testing.assert_close(gradient_flow(net, z, stored, steps, chunk_size=3), whole)
     order = torch.tensor([3, 1, 6, 0, 2, 5, 4])
     torch.testing.assert_close(gradient_flow(net, z[order], stored, steps), whole[order])
+
+
+DISCREPANCIES = [
+    {"name": "mmd", "kernel": "gaussian", "bandwidth": 1.5},
+    {"name": "mmd", "kernel": "gaussian", "bandwidth": "median"},
+    {"name": "mmd", "kernel": "rational-quadratic", "bandwidth": 2.0},
+    {"name": "kale", "kernel": "linear", "lam": 2.0},
+    {"name": "kale", "kernel": "gaussian", "bandwidth": 1.5, "lam": 0.5},
+]
+
+
+def stored_features(discrepancy, num_points=6, features=5):
+    """Embeddings that hold features, not means; the linear MMD's hold means."""
+    torch.manual_seed(3)
+    means_only = get_discrepancy(**discrepancy).needs_means_only
+    stored = MeanEmbeddings(2, features, 0 if means_only else num_points, discrepancy=discrepancy).double()
+    stored.levels.copy_(torch.tensor([0.5, 1.0]))
+    stored.displacement.copy_(stored.levels)
+    stored.gradient_scale.fill_(0.3)
+    stored.clean.normal_()
+    stored.noisy.normal_().add_(1)
+    return stored
+
+
+@pytest.mark.parametrize("self_term", ["include", "leave-one-out", "independent"])
+@pytest.mark.parametrize("discrepancy", [{}, *DISCREPANCIES], ids=str)
+def test_every_witness_in_chunks_is_the_whole(discrepancy, self_term):
+    """Exact = chunked, for every kernel, KALE and self-term."""
+    net, z, stored = Smooth().double(), particles(7), stored_features(discrepancy)
+    whole = witness_gradient(net, z, stored, 1, exact=True, self_term=self_term)
+    for size in (1, 3, 6):
+        chunked = witness_gradient(net, z, stored, 1, exact=True, self_term=self_term, chunk_size=size)
+        torch.testing.assert_close(chunked, whole)
+    if self_term != "independent":  # whose halves are by position
+        order = torch.tensor([3, 1, 6, 0, 2, 5, 4])
+        permuted = witness_gradient(net, z[order], stored, 1, exact=True, self_term=self_term)
+        torch.testing.assert_close(permuted, whole[order])
+
+
+@pytest.mark.parametrize("discrepancy", [{}, *DISCREPANCIES], ids=str)
+def test_exact_gradient_is_that_of_the_discrepancy(discrepancy):
+    """Brute force: N ∂D/∂z_i from autograd on D itself, ½ MMD² (V-statistic) or KALE, with stored clean features."""
+    net, z, stored = Smooth().double(), particles().requires_grad_(), stored_features(discrepancy)
+    level = stored.at_level(1)
+    phi = net(z, level.t)
+    if discrepancy.get("name") == "kale":
+        value = level.discrepancy.value(phi, level.clean)
+    else:
+        value = 0.5 * mmd2(phi, level.clean, level.discrepancy.kernel, "v")
+    (gradient,) = torch.autograd.grad(value, z)
+    exact = witness_gradient(net, z, stored, 1, exact=True, rescale=False)
+    torch.testing.assert_close(exact, gradient * len(z))
+
+
+@pytest.mark.parametrize("discrepancy", DISCREPANCIES, ids=str)
+def test_approximate_is_exact_with_equal_features(discrepancy):
+    """Fact 4 for other kernels and KALE: the particles are the stored draws."""
+    net, z, stored = Smooth().double(), particles(6), stored_features(discrepancy)
+    stored.noisy[1] = net(z, stored.levels[1]).detach()
+    for rescale in (False, True):
+        exact = witness_gradient(net, z, stored, 1, exact=True, rescale=rescale)
+        torch.testing.assert_close(exact, witness_gradient(net, z, stored, 1, exact=False))
+
+
+@pytest.mark.parametrize("discrepancy", [{}, *DISCREPANCIES], ids=str)
+def test_leave_one_out_and_independent_against_loops(discrepancy):
+    net, z, stored = Smooth().double(), particles(5), stored_features(discrepancy)
+    level = stored.at_level(0)
+    phi = net(z, level.t).detach()
+    kernel, lam = level.discrepancy.kernel, discrepancy.get("lam")
+
+    def gradient(i, others, f):
+        x = z[i : i + 1].clone().requires_grad_()
+        (g,) = torch.autograd.grad(f(net(x, level.t), others).sum(), x)
+        return g[0]
+
+    if lam is None:
+        f = lambda query, others: witness(query, others, level.clean, kernel)  # noqa: E731
+    else:  # the dual of all particles; the own term is left out of the mean over particles alone
+        dual = kale_witness(phi, level.clean, kernel, lam).scaled(1 + lam)
+        clean = lambda query: kernel(query, level.clean) @ dual.weights[len(phi) :]  # noqa: E731
+        f = lambda query, others: (1 + lam) / lam * kernel(query, others).mean(1) + clean(query)  # noqa: E731
+    expected = [gradient(i, phi[torch.arange(5) != i], f) for i in range(5)]
+    left_out = witness_gradient(net, z, stored, 0, exact=True, rescale=False, self_term="leave-one-out")
+    torch.testing.assert_close(left_out, torch.stack(expected))
+    included = witness_gradient(net, z, stored, 0, exact=True, rescale=False)
+    assert not torch.allclose(left_out, included, rtol=1e-3)
+
+    if lam is not None:
+        f = lambda query, others: (  # noqa: E731
+            kale_witness(others, level.clean, kernel, lam).scaled(1 + lam)(query)
+        )
+    expected = [gradient(i, phi[2:] if i < 2 else phi[:2], f) for i in range(5)]
+    independent = witness_gradient(net, z, stored, 0, exact=True, rescale=False, self_term="independent")
+    torch.testing.assert_close(independent, torch.stack(expected))
+
+
+def test_noise_injection_takes_the_gradient_elsewhere():
+    net, z, stored = Smooth().double(), particles(), stored_features({})
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(4), dtype=z.dtype)
+    injected = witness_gradient(
+        net, z, stored, 0, exact=False, noise_injection=0.3, generator=torch.Generator().manual_seed(4)
+    )
+    torch.testing.assert_close(injected, witness_gradient(net, z + 0.3 * noise, stored, 0, exact=False))
+    # the exact witness is still that of the particles themselves, not of the displaced ones
+    injected = witness_gradient(
+        net, z, stored, 0, exact=True, noise_injection=0.3, generator=torch.Generator().manual_seed(4), rescale=False
+    )
+    x = (z + 0.3 * noise).requires_grad_()
+    delta = (net(z, stored.levels[0]).mean(0) - stored.clean[0]).detach()
+    (expected,) = torch.autograd.grad((net(x, stored.levels[0]) @ delta).sum(), x)
+    torch.testing.assert_close(injected, expected)
+
+
+@pytest.mark.parametrize("self_term", ["leave-one-out", "independent"])
+def test_self_terms_need_company(self_term):
+    with pytest.raises(ValueError, match="at least 2 particles"):
+        witness_gradient(Smooth().double(), particles(1), stored_features({}), 0, exact=True, self_term=self_term)
+
+
+def test_flow_options_are_checked():
+    for options, message in (({"self_term": "none"}, "self_term"), ({"noise_injection": -1.0}, "noise_injection")):
+        with pytest.raises(ValueError, match=message):
+            gradient_flow(Smooth().double(), particles(), stored_features({}), [], **options)
+
+
+def test_embeddings_of_another_kernel_need_features():
+    with pytest.raises(ValueError, match="num_points > 0"):
+        MeanEmbeddings(2, 3, discrepancy={"name": "kale"})
+
+
+@pytest.mark.parametrize("steps_per_level", [1, 4])
+def test_calibrated_steps_without_rescaling_undo_the_weakening(steps_per_level):
+    """φ = identity, one particle: the exact gradient shrinks with the distance; the steps grow to match, and arrive."""
+    direction = torch.zeros(8, dtype=torch.float64)
+    direction[2] = 1.0
+    levels = torch.tensor([0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
+    stored = embeddings_for(torch.zeros(4, 8, dtype=torch.float64), levels[:, None] * direction)
+    steps = flow_schedule(stored, "exact", 4, steps_per_level, rescale=False)
+    seen = []
+    gradient_flow(
+        Identity(),
+        direction.reshape(1, 2, 2, 2),
+        stored,
+        steps,
+        callback=lambda i, step, z: seen.append(z.norm().item()) or z,
+        rescale=False,
+    )
+    expected = torch.linspace(1, 0, 4 * steps_per_level + 1)[1:]
+    torch.testing.assert_close(torch.tensor(seen), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["linear", "vp-cosine", "vp-linear"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_calibrated_flow_keeps_to_the_forward_process(name, exact):
+    """One clean point 0 and one ε: with φ = identity the witness gradient is x_t − x_0; every level ends on x_t'."""
+    torch.manual_seed(0)
+    eps = torch.randn(1, 2, 2, 2, dtype=torch.float64)
+    stored = MeanEmbeddings(4, 8, forward_process=name).double()
+    stored.levels.copy_(torch.arange(1, 5, dtype=torch.float64) / 4)
+    stored.gradient_scale.fill_(1.0)
+    sigma = stored.process.sigma(stored.levels)
+    stored.noisy.copy_(sigma[:, None] * eps.flatten())
+    ends = {}
+    z = gradient_flow(
+        Identity(),
+        sigma[-1] * eps,
+        stored,
+        flow_schedule(stored, "exact" if exact else "approximate", 4, 3),
+        callback=lambda i, step, z: ends.update({step.level: z}) or z,
+    )
+    for level in (3, 2, 1):
+        torch.testing.assert_close(ends[level], sigma[level - 1] * eps, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(z, torch.zeros_like(z), rtol=0, atol=1e-9)
 
 
 def test_rescaling_keeps_the_stored_length():

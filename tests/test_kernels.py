@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from latent_dmmd.kernels import GaussianKernel, LinearKernel, RationalQuadraticKernel, median_distance
+from latent_dmmd.kernels import GaussianKernel, LinearKernel, RationalQuadraticKernel, get_kernel, median_distance
 
 KERNELS = [
     LinearKernel(),
@@ -67,6 +67,31 @@ def test_median_heuristic():
     torch.testing.assert_close(median_distance(x, y), distances.median())
     bandwidth = distances.median().item()
     torch.testing.assert_close(GaussianKernel("median")(x, y), GaussianKernel(bandwidth)(x, y))
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, GaussianKernel("median")], ids=str)
+def test_leading_dimensions_are_independent_problems(kernel):
+    torch.manual_seed(0)
+    x, y = torch.randn(3, 4, 2), torch.randn(3, 5, 2) * torch.tensor([1.0, 2.0, 3.0])[:, None, None]
+    torch.testing.assert_close(kernel(x, y), torch.stack([kernel(a, b) for a, b in zip(x, y)]))
+
+
+def test_fitted_is_settled_on_the_pooled_points():
+    x, y = points(7, 8)
+    kernel = GaussianKernel("median").fitted(x, y)
+    torch.testing.assert_close(kernel(x, x), GaussianKernel(median_distance(x, y).item())(x, x))
+    assert kernel.fitted(x, x) is kernel
+    assert all(k.fitted(x, y) is k for k in KERNELS)
+
+
+def test_by_name():
+    x, y = points(3)
+    torch.testing.assert_close(get_kernel("gaussian", bandwidth=0.7)(x, y), KERNELS[1](x, y))
+    torch.testing.assert_close(get_kernel("rational-quadratic", alpha=0.5, bandwidth=1.3)(x, y), KERNELS[3](x, y))
+    with pytest.raises(ValueError, match="linear, gaussian"):
+        get_kernel("laplace")
+    with pytest.raises(ValueError, match="one bandwidth"):
+        get_kernel("rational-quadratic", bandwidth="median")
 
 
 def test_refuses_what_cannot_be():

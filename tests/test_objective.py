@@ -5,8 +5,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from latent_dmmd.discrepancy import mmd2
+from latent_dmmd.discrepancy import KALE, MMD, kale, mmd2
 from latent_dmmd.forward import LinearInterpolant
+from latent_dmmd.kernels import GaussianKernel
 from latent_dmmd.objective import DMMD, Batch, WitnessMatching
 
 
@@ -36,28 +37,49 @@ def make_batch(levels=(1, 3), pairs=4, seed=0):
     return Batch(x_0, torch.tensor(levels), eps, u)
 
 
+DISCREPANCIES = {
+    "mmd2": MMD(),
+    "gaussian": MMD(GaussianKernel(0.7)),
+    "median": MMD(GaussianKernel("median")),
+    "kale": KALE(lam=0.5),
+    "kale-gaussian": KALE(GaussianKernel(0.7), lam=0.5),
+}
+
+
+@pytest.mark.parametrize("discrepancy", list(DISCREPANCIES.values()), ids=list(DISCREPANCIES))
 @pytest.mark.parametrize("center", [0.0, 1.0])
-def test_dmmd_against_loops(center):
+def test_dmmd_against_loops(center, discrepancy):
     net, batch = TinyNet(), make_batch()
-    objective = DMMD(net, LinearInterpolant(), 4, gradient_weight=2.0, gradient_center=center, feature_weight=0.1)
+    objective = DMMD(
+        net,
+        LinearInterpolant(),
+        4,
+        gradient_weight=2.0,
+        gradient_center=center,
+        feature_weight=0.1,
+        discrepancy=discrepancy,
+    )
     terms = objective(batch)
-    discrepancy, penalty, features = [], [], []
+    values, penalty, features = [], [], []
     for x_0, k, eps, u in zip(*batch):
         t = (k + 1) / 4
         x_t = (1 - t) * x_0 + t * eps
         phi_0, phi_t = net(x_0, t), net(x_t, t)
-        discrepancy.append(mmd2(phi_t, phi_0, estimator="u"))
-        delta = phi_t.mean(0) - phi_0.mean(0)
+        if isinstance(discrepancy, KALE):
+            values.append(kale(phi_t, phi_0, discrepancy.kernel, discrepancy.lam))
+        else:
+            values.append(mmd2(phi_t, phi_0, discrepancy.kernel, estimator="u"))
+        f = discrepancy.witness(phi_t, phi_0)
         for i in range(len(x_0)):
             x = ((1 - u[i]) * x_0[i] + u[i] * x_t[i])[None].detach().requires_grad_()
-            (g,) = torch.autograd.grad((net(x, t) @ delta).sum(), x)
+            (g,) = torch.autograd.grad(f(net(x, t)).sum(), x, retain_graph=True)
             penalty.append((g.norm() - center) ** 2)
         features.append(phi_0.square().sum(1).mean() + phi_t.square().sum(1).mean())
-    expected = {"mmd2": sum(discrepancy) / 2, "gradient_penalty": 2 * sum(penalty) / 8}
+    expected = {discrepancy.name: sum(values) / 2, "gradient_penalty": 2 * sum(penalty) / 8}
     expected["feature_penalty"] = 0.1 * sum(features) / 2
     for name, value in expected.items():
         torch.testing.assert_close(terms.named[name], value.detach(), rtol=1e-5, atol=1e-7, check_dtype=False)
-    total = -expected["mmd2"] + expected["gradient_penalty"] + expected["feature_penalty"]
+    total = -expected[discrepancy.name] + expected["gradient_penalty"] + expected["feature_penalty"]
     torch.testing.assert_close(terms.total, total, rtol=1e-5, atol=1e-7, check_dtype=False)
 
 
@@ -135,15 +157,57 @@ def test_running_means_are_the_plain_average_at_first_then_exponential():
         mean = averaged(batch.x_0[0], torch.tensor(0.75)).mean(0).float()
         weight = min(i / (i + 1), 0.5)
         expected = mean if expected is None else weight * expected + (1 - weight) * mean
-    torch.testing.assert_close(objective.clean_mean[2], expected.detach())
-    assert objective.num_updates.tolist() == [0, 0, 4, 0]
+    torch.testing.assert_close(objective.source.clean[2], expected.detach())
+    assert objective.source.num_updates.tolist() == [0, 0, 4, 0]
+
+
+def test_running_features_are_the_latest_draws():
+    """Where means are not enough: the first batch fills all points, later ones take the place of the oldest."""
+    net, averaged = TinyNet(), TinyNet(seed=1)
+    objective = WitnessMatching(
+        net, LinearInterpolant(), 4, averaged, refresh_every=1, discrepancy=MMD(GaussianKernel(0.5)), num_points=6
+    )
+    seen = []
+    for i in range(4):
+        batch = make_batch(levels=(2,), seed=i)
+        seen.append(averaged(batch.x_0[0], torch.tensor(0.75)).float().detach())
+        objective(batch)
+        if i == 0:
+            torch.testing.assert_close(objective.source.clean[2], seen[0][[0, 1, 2, 3, 0, 1]])
+    latest = torch.cat(seen)[-6:]
+    stored = objective.source.clean[2]
+    torch.testing.assert_close(stored[stored[:, 0].argsort()], latest[latest[:, 0].argsort()])
+    assert not objective.source.clean[[0, 1, 3]].any()
+
+
+@pytest.mark.parametrize("source", ["batch", "ema", "running"])
+@pytest.mark.parametrize("discrepancy", list(DISCREPANCIES.values()), ids=list(DISCREPANCIES))
+def test_witness_matching_of_any_witness_against_loops(discrepancy, source):
+    """One level with as many points as pairs: all three sources are the batch, but for what is differentiated."""
+    net, batch = TinyNet(), make_batch(levels=(2,))
+    objective = WitnessMatching(
+        net, LinearInterpolant(), 4, TinyNet(), mean_embeddings=source, discrepancy=discrepancy, num_points=4
+    )
+    terms = objective(batch)
+    t, x_0 = torch.tensor(0.75), batch.x_0[0]
+    x_t = (1 - t) * x_0 + t * batch.eps[0]
+    f = discrepancy.witness(net(x_t, t), net(x_0, t))
+    f = f.scaled(1 / f.norm())
+    expected = 0.0
+    for i in range(4):
+        x = ((1 - batch.u[0, i]) * x_0[i] + batch.u[0, i] * x_t[i])[None].detach().requires_grad_()
+        (g,) = torch.autograd.grad(f(net(x, t)).sum(), x, retain_graph=True)
+        length = (2 * t**2 * 8) ** 0.5  # (E ‖x_t − x_0‖²)^½ = t (2 D)^½
+        expected += (g[0] - (x_t[i] - x_0[i]) / length).square().sum() / 4
+    torch.testing.assert_close(terms.total, expected.detach(), rtol=1e-5, atol=1e-6, check_dtype=False)
+    assert terms.named.keys() == {"matching", discrepancy.name.removesuffix("2"), "cosine"}
 
 
 def test_refreshes_every_so_often():
     objective = WitnessMatching(TinyNet(), LinearInterpolant(), 4, TinyNet(1), refresh_every=3)
     for i in range(7):
         objective(make_batch(levels=(0, 2), seed=i))
-    assert objective.num_updates.tolist() == [3, 0, 3, 0]
+    assert objective.source.num_updates.tolist() == [3, 0, 3, 0]
 
 
 def test_a_perfect_witness_has_no_loss():
@@ -178,6 +242,8 @@ def test_refuses_what_cannot_be():
 
 OBJECTIVES = {
     "dmmd": lambda: DMMD(TinyNet(), LinearInterpolant(), 4),
+    "gaussian": lambda: DMMD(TinyNet(), LinearInterpolant(), 4, discrepancy=DISCREPANCIES["gaussian"]),
+    "kale": lambda: DMMD(TinyNet(), LinearInterpolant(), 4, discrepancy=DISCREPANCIES["kale"]),
     "batch": lambda: WitnessMatching(TinyNet(), LinearInterpolant(), 4, mean_embeddings="batch"),
     "running": lambda: WitnessMatching(TinyNet(), LinearInterpolant(), 4, TinyNet(1)),
 }
