@@ -74,21 +74,13 @@ class Attention(nn.Module):
         return x + self.to_out(rearrange(weights @ v, "b n (h w) d -> b (n d) h w", h=height))
 
 
-class FeatureNet(ModelMixin, ConfigMixin):
-    """Noise-conditional features φ(x_t, t) from a U-Net with a bilinear head.
-
-    The U-Net maps x_t to F maps h(x_t, t). The head pairs each with a linear map of the input itself,
-
-        φ_i(x_t, t) = (H W)^(−½) Σ_p ℓ_i(p) (h_i(p) + γ_i ℓ_i(p)),        ℓ = W x_t + b,
-
-    with gates γ(x_t, t) from the pooled bottleneck. With W = 0 this is an ordinary pooled output. With W ≠ 0 it also
-    contains ⟨x, u(x, t)⟩ and gated ‖x‖² terms, so that ∇φ can return the network's own output and the input: the
-    field a witness must have near t = 1 is close to x itself.
+class PatchUNet(ModelMixin, ConfigMixin):
+    """The U-Net on patches that φ and the baselines have in common: particles and noise levels to maps.
 
     Args:
         sample_size: Side of the particles.
         in_channels: Channels C of the particles.
-        num_features: Dimension F of φ.
+        out_channels: Channels of the maps.
         patch_size: Side of the non-overlapping patches that become the U-Net's pixels.
         block_out_channels: Width at each level; the resolution halves from one to the next.
         layers_per_block: Residual blocks a level, on the way down and again on the way up.
@@ -101,17 +93,16 @@ class FeatureNet(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = False
 
-    @register_to_config
     def __init__(
         self,
-        sample_size: int = 16,
-        in_channels: int = 8,
-        num_features: int = 64,
-        patch_size: int = 1,
-        block_out_channels: tuple[int, ...] = (64, 128),
-        layers_per_block: int = 2,
-        attention_levels: tuple[bool, ...] = (False, True),
-        num_groups: int = 8,
+        sample_size: int,
+        in_channels: int,
+        out_channels: int,
+        patch_size: int,
+        block_out_channels: tuple[int, ...],
+        layers_per_block: int,
+        attention_levels: tuple[bool, ...],
+        num_groups: int,
     ) -> None:
         super().__init__()
         num_levels = len(block_out_channels)
@@ -122,14 +113,14 @@ class FeatureNet(ModelMixin, ConfigMixin):
                 f"sample_size={sample_size} must be a multiple of patch_size × 2^(levels − 1) = "
                 f"{patch_size * 2 ** (num_levels - 1)}"
             )
-        embedding_dim = 2 * block_out_channels[0]
-        patch_dim = in_channels * patch_size**2
-        self.time_embedding = TimeEmbedding(embedding_dim)
-        self.conv_in = nn.Conv2d(patch_dim, block_out_channels[0], 3, padding=1)
+        self.embedding_dim = 2 * block_out_channels[0]
+        self.patch_dim = in_channels * patch_size**2
+        self.time_embedding = TimeEmbedding(self.embedding_dim)
+        self.conv_in = nn.Conv2d(self.patch_dim, block_out_channels[0], 3, padding=1)
 
         def level(channels: int, attention: bool, previous: int | None = None) -> nn.ModuleList:
             inputs = [previous or channels] + [channels] * (layers_per_block - 1)
-            blocks = [ResBlock(c, channels, embedding_dim, num_groups) for c in inputs]
+            blocks = [ResBlock(c, channels, self.embedding_dim, num_groups) for c in inputs]
             return nn.ModuleList(blocks + ([Attention(channels, num_groups)] if attention else []))
 
         widths = list(block_out_channels)
@@ -138,21 +129,19 @@ class FeatureNet(ModelMixin, ConfigMixin):
         self.downsample = nn.ModuleList(nn.Conv2d(c, c, 3, stride=2, padding=1) for c in widths[:-1])
         self.upsample = nn.ModuleList(nn.Conv2d(c, 4 * d, 1) for c, d in zip(widths[:0:-1], widths[-2::-1]))
         self.norm_out = nn.GroupNorm(min(num_groups, widths[0]), widths[0])
-        self.conv_out = nn.Conv2d(widths[0], num_features, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
         self.act = nn.SiLU()
-        self.lift = nn.Conv2d(patch_dim, num_features, 1)
-        self.gate = nn.Linear(widths[-1] + embedding_dim, num_features)
-        nn.init.ones_(self.lift.bias)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """Features of particles at noise levels.
+    def maps(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the U-Net makes of particles.
 
         Args:
             x: Particles, with shape (B, C, H, W).
             t: Noise levels in [0, 1], with shape (B) or ().
 
         Returns:
-            φ(x, t), with shape (B, F), in float32 or better.
+            The patches, with shape (B, C p², H / p, W / p); the output maps on them, with shape (B, out_channels,
+            H / p, W / p); and the pooled bottleneck beside the noise level's embedding, with shape (B, dim).
 
         Raises:
             ValueError: If x does not have the network's channels and size.
@@ -177,19 +166,85 @@ class FeatureNet(ModelMixin, ConfigMixin):
             if i < len(self.upsample):
                 h = rearrange(self.upsample[i](h), "b (c p q) h w -> b c (h p) (w q)", p=2, q=2) + skips.pop()
         h = self.conv_out(self.act(self.norm_out(h)))
-        lift = self.lift(x)
-        gate = self.gate(torch.cat([pooled, embedding], dim=1))
-
-        # float32: sums over positions, whose small differences are the signal
-        h, lift, gate = (a.to(torch.promote_types(a.dtype, torch.float32)) for a in (h, lift, gate))
-        products = lift * (h + rearrange(gate, "b f -> b f 1 1") * lift)
-        return reduce(products, "b f h w -> b f", "sum") * (h.shape[-2] * h.shape[-1]) ** -0.5
+        return x, h, torch.cat([pooled, embedding], dim=1)
 
     @staticmethod
     def apply_level(blocks: nn.ModuleList, h: Tensor, embedding: Tensor) -> Tensor:
         for block in blocks:
             h = block(h, embedding) if isinstance(block, ResBlock) else block(h)
         return h
+
+
+class FeatureNet(PatchUNet):
+    """Noise-conditional features φ(x_t, t) from a U-Net with a bilinear head.
+
+    The U-Net maps x_t to F maps h(x_t, t). The head pairs each with a linear map of the input itself,
+
+        φ_i(x_t, t) = (H W)^(−½) Σ_p ℓ_i(p) (h_i(p) + γ_i ℓ_i(p)),        ℓ = W x_t + b,
+
+    with gates γ(x_t, t) from the pooled bottleneck. With W = 0 this is an ordinary pooled output. With W ≠ 0 it also
+    contains ⟨x, u(x, t)⟩ and gated ‖x‖² terms, so that ∇φ can return the network's own output and the input: the
+    field a witness must have near t = 1 is close to x itself.
+
+    Args:
+        sample_size: Side of the particles.
+        in_channels: Channels C of the particles.
+        num_features: Dimension F of φ.
+        patch_size: Side of the non-overlapping patches that become the U-Net's pixels.
+        block_out_channels: Width at each level; the resolution halves from one to the next.
+        layers_per_block: Residual blocks a level, on the way down and again on the way up.
+        attention_levels: Whether a level has attention, for each level.
+        num_groups: Groups of the normalisation.
+
+    Raises:
+        ValueError: If the sizes do not fit each other.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 16,
+        in_channels: int = 8,
+        num_features: int = 64,
+        patch_size: int = 1,
+        block_out_channels: tuple[int, ...] = (64, 128),
+        layers_per_block: int = 2,
+        attention_levels: tuple[bool, ...] = (False, True),
+        num_groups: int = 8,
+    ) -> None:
+        super().__init__(
+            sample_size,
+            in_channels,
+            num_features,
+            patch_size,
+            block_out_channels,
+            layers_per_block,
+            attention_levels,
+            num_groups,
+        )
+        self.lift = nn.Conv2d(self.patch_dim, num_features, 1)
+        self.gate = nn.Linear(block_out_channels[-1] + self.embedding_dim, num_features)
+        nn.init.ones_(self.lift.bias)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Features of particles at noise levels.
+
+        Args:
+            x: Particles, with shape (B, C, H, W).
+            t: Noise levels in [0, 1], with shape (B) or ().
+
+        Returns:
+            φ(x, t), with shape (B, F), in float32 or better.
+
+        Raises:
+            ValueError: If x does not have the network's channels and size.
+        """
+        patches, h, summary = self.maps(x, t)
+        lift, gate = self.lift(patches), self.gate(summary)
+        # float32: sums over positions, whose small differences are the signal
+        h, lift, gate = (a.to(torch.promote_types(a.dtype, torch.float32)) for a in (h, lift, gate))
+        products = lift * (h + rearrange(gate, "b f -> b f 1 1") * lift)
+        return reduce(products, "b f h w -> b f", "sum") * (h.shape[-2] * h.shape[-1]) ** -0.5
 
 
 class MeanEmbeddings(ModelMixin, ConfigMixin):

@@ -13,6 +13,7 @@ ORDER = [
     "discrepancy",
     "features",
     "objective",
+    "baselines",
     "flow",
     "latents",
     "data",
