@@ -1,6 +1,7 @@
 """The diffusers pipeline: noise, gradient flow in latent space, decoded pictures."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -11,7 +12,15 @@ from torch import Tensor
 
 from latent_dmmd.features import FeatureNet, MeanEmbeddings
 from latent_dmmd.flow import FlowStep, Sampler, SelfTerm, flow_schedule, gradient_flow
-from latent_dmmd.latents import Autoencoder, decode_pixels, freeze, unstandardise
+from latent_dmmd.latents import (
+    Autoencoder,
+    decode_pixels,
+    encode_moments,
+    freeze,
+    standardise,
+    to_pixels,
+    unstandardise,
+)
 
 
 class LatentDMMDPipeline(DiffusionPipeline):
@@ -144,6 +153,26 @@ class LatentDMMDPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    @property
+    @torch.no_grad()
+    def resolution(self) -> int:
+        """Side in pixels of the pictures."""
+        config = self.feature_net.config
+        if self.vae is None:
+            return config.sample_size
+        zeros = torch.zeros(1, config.in_channels, config.sample_size, config.sample_size)
+        return decode_pixels(self.vae, zeros.to(self._execution_device)).shape[-1]
+
+    @torch.no_grad()
+    def encode(self, images_uint8: Tensor, chunk_size: int = 16) -> Tensor:
+        """Standardised particles (B, C, h, w), on the CPU, of pictures (B, 3, H, W): means of the posterior."""
+        particles = []
+        for chunk in to_pixels(images_uint8).split(chunk_size):
+            pixels = chunk.to(self._execution_device)
+            raw = pixels if self.vae is None else encode_moments(self.vae, pixels)[0]
+            particles.append(standardise(raw, self.config.latents_mean, self.config.latents_std).cpu())
+        return torch.cat(particles)
+
     @torch.no_grad()
     def decode(
         self, z: Tensor, output_type: Literal["pil", "np", "pt"] = "pil", chunk_size: int | None = 64
@@ -153,3 +182,10 @@ class LatentDMMDPipeline(DiffusionPipeline):
         if self.vae is not None:
             raw = torch.cat([decode_pixels(self.vae, chunk) for chunk in raw.split(chunk_size or len(raw))])
         return self.image_processor.postprocess(raw, output_type=output_type)
+
+
+def load_pipeline(folder: str | Path) -> LatentDMMDPipeline:
+    """A saved pipeline, on the GPU if there is one. Raises ValueError if there is none in the folder."""
+    if not (Path(folder) / "model_index.json").exists():
+        raise ValueError(f"no pipeline in {folder}; give the folder that training wrote, runs/NAME/pipeline")
+    return LatentDMMDPipeline.from_pretrained(folder).to("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,10 +8,10 @@ import torch
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
-from latent_dmmd import LatentDMMDPipeline
 from latent_dmmd.flow import Sampler
 from latent_dmmd.latents import to_uint8
 from latent_dmmd.pictures import labelled_grid, save_pngs
+from latent_dmmd.pipeline import load_pipeline
 
 
 def main() -> None:
@@ -25,10 +25,7 @@ def main() -> None:
     parser.add_argument("--steps_per_level", type=PositiveInt, default=2, help="Gradient steps at each level.")
     args = parser.parse_args()
 
-    if not (Path(args.pipeline) / "model_index.json").exists():
-        raise ValueError(f"no pipeline in {args.pipeline}; give the folder that training wrote, runs/NAME/pipeline")
-    pipe = LatentDMMDPipeline.from_pretrained(args.pipeline)
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = load_pipeline(args.pipeline)
     images = pipe(
         batch_size=args.num_images,
         num_noise_levels=args.num_noise_levels,

@@ -23,6 +23,8 @@ ORDER = [
     "training",
     "evaluation",
     "autoencoder",
+    "complexity",
+    "diagnosis",
 ]
 
 

@@ -1,0 +1,313 @@
+"""What training and sampling cost: seconds and peak memory against batch, particles and resolution.
+
+Each measurement is the median of several repetitions, and repetitions of what is compared take turns, so that a machine
+that slows down does so for all of them. Peak memory is that of the accelerator's allocator, or on Linux the growth of
+the process's resident set at its highest.
+"""
+
+import ctypes
+import gc
+import math
+import os
+import re
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from latent_dmmd.baselines import FlowMatching, VelocityNet
+from latent_dmmd.discrepancy import get_discrepancy
+from latent_dmmd.features import FeatureNet, MeanEmbeddings
+from latent_dmmd.flow import flow_schedule, gradient_flow, witness_gradient
+from latent_dmmd.forward import LinearInterpolant
+from latent_dmmd.latents import decode_pixels, load_autoencoder
+from latent_dmmd.objective import DMMD, Batch, Objective, WitnessMatching
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds (median over repetitions) and peak memory in MB, None where it cannot be measured."""
+
+    seconds: float
+    peak_mb: float | None
+
+
+class PeakMemory:
+    """Context that measures the peak memory of what runs in it, as `.mb`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.mb = device, None
+
+    def __enter__(self) -> "PeakMemory":
+        gc.collect()
+        self.before = None
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        elif os.access("/proc/self/clear_refs", os.W_OK):
+            if hasattr(ctypes.CDLL(None), "malloc_trim"):
+                ctypes.CDLL(None).malloc_trim(0)  # what earlier tasks freed goes back, and counts anew
+            Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the peak
+            self.before = self.resident("VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is not None:
+            after = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else self.resident("VmHWM")
+            self.mb = max(0.0, (after - self.before) / 2**20)
+
+    @staticmethod
+    def resident(field: str) -> int:
+        return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def measure(tasks: dict[str, Callable[[], object]], device: torch.device, repeats: int = 5) -> dict[str, Cost]:
+    """The cost of each task; one round to warm up and for memory, then `repeats` rounds in which they take turns."""
+    peaks, seconds = {}, {name: [] for name in tasks}
+    for name, task in tasks.items():
+        with PeakMemory(device) as peak:
+            task()
+        peaks[name] = peak.mb
+    for _ in range(repeats):
+        for name, task in tasks.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            task()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: Cost(statistics.median(seconds[name]), peaks[name]) for name in tasks}
+
+
+def fitted_exponent(sizes: list[int], values: list[float], last: int = 3) -> float:
+    """The slope of log value over log size, by least squares on the `last` largest sizes."""
+    x, y = ([math.log(v) for v in a[-last:]] for a in (sizes, values))
+    x_mean, y_mean = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - x_mean) * (b - y_mean) for a, b in zip(x, y)) / sum((a - x_mean) ** 2 for a in x)
+
+
+def random_batch(levels: int, pairs: int, shape: tuple[int, int, int], grid: int, device: torch.device) -> Batch:
+    """Standard normal particles in place of latents; costs do not depend on values."""
+    generator = torch.Generator().manual_seed(0)
+    x_0, eps = (torch.randn(levels, pairs, *shape, generator=generator).to(device) for _ in range(2))
+    level = torch.arange(levels, device=device) * grid // levels
+    return Batch(x_0, level, eps, torch.rand(levels, pairs, generator=generator).to(device))
+
+
+def training_step(objective: Objective, batch: Batch, mixed_precision: bool) -> Callable[[], None]:
+    """One step of the training loop: loss, backward, clipping, Adam."""
+    optimizer = torch.optim.Adam(objective.feature_net.parameters(), lr=1e-4)
+
+    def step() -> None:
+        with torch.autocast(batch.x_0.device.type, torch.bfloat16, enabled=mixed_precision):
+            total = objective(batch).total
+        total.backward()
+        nn.utils.clip_grad_norm_(objective.feature_net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def objective_costs(
+    device: torch.device, network: dict, pairs_per_level: int = 8, levels_per_step: int = 8, repeats: int = 9
+) -> dict[str, Cost]:
+    """A training step of every objective beside one of flow matching: same U-Net, same batch, bf16.
+
+    Args:
+        device: Where.
+        network: Arguments of `FeatureNet` but for `num_features`, which is 64.
+        pairs_per_level: B.
+        levels_per_step: L.
+        repeats: Rounds; a multiple of 4 plus 1 gives refreshes of running means their share.
+    """
+    shape = (network["in_channels"], network["sample_size"], network["sample_size"])
+    batch, process = random_batch(levels_per_step, pairs_per_level, shape, 25, device), LinearInterpolant()
+
+    def features() -> FeatureNet:
+        torch.manual_seed(0)
+        return FeatureNet(num_features=64, **network).to(device)
+
+    def matching(source: str) -> WitnessMatching:
+        return WitnessMatching(features(), process, 25, features().requires_grad_(False), source).to(device)
+
+    torch.manual_seed(0)
+    objectives = {"flow matching": FlowMatching(VelocityNet(**network).to(device), process, 25).to(device)}
+    objectives |= {f"witness matching, {source}": matching(source) for source in ("running", "ema", "batch")}
+    kernels = {
+        "dmmd, linear": {},
+        "dmmd, gaussian": {"kernel": "gaussian"},
+        "dmmd, kale": {"name": "kale"},
+    }
+    for name, options in kernels.items():
+        objectives[name] = DMMD(features(), process, 25, discrepancy=get_discrepancy(**options)).to(device)
+    steps = {name: training_step(objective, batch, True) for name, objective in objectives.items()}
+    # running means are refreshed at every fourth step: time four at once
+    running = steps["witness matching, running"]
+    costs = measure(steps | {"witness matching, running": lambda: [running() for _ in range(4)]}, device, repeats)
+    four = costs["witness matching, running"]
+    return costs | {"witness matching, running": Cost(four.seconds / 4, four.peak_mb)}
+
+
+SMALL_NETWORK = dict(
+    sample_size=4, in_channels=4, patch_size=2, block_out_channels=(16,), layers_per_block=1, attention_levels=(False,)
+)
+
+
+def training_costs(device: torch.device, sizes: list[int], repeats: int = 3) -> dict[str, dict[int, Cost]]:
+    """A step of the paper's objective at one noise level against B, for a φ so small that the kernel's cost shows."""
+    costs = {"linear": {}, "gaussian": {}}
+    for size in sizes:
+        batch = random_batch(1, size, (4, 4, 4), 25, device)
+        for kernel in costs:
+            torch.manual_seed(0)
+            net = FeatureNet(num_features=64, **SMALL_NETWORK).to(device)
+            options = {"kernel": kernel, "bandwidth": 10.0}
+            objective = DMMD(net, LinearInterpolant(), 25, discrepancy=get_discrepancy(**options)).to(device)
+            step = training_step(objective, batch, False)
+            costs[kernel][size] = measure({"step": step}, device, repeats)["step"]
+    return costs
+
+
+def random_embeddings(num_points: int, kernel: str, device: torch.device) -> MeanEmbeddings:
+    """Embeddings of random values, at 25 levels and with 64 features."""
+    torch.manual_seed(0)
+    options = {} if kernel == "linear" else {"kernel": kernel, "bandwidth": 10.0}
+    embeddings = MeanEmbeddings(25, 64, num_points, discrepancy=options)
+    embeddings.levels.copy_(torch.arange(1, 26) / 25)
+    for buffer in (embeddings.clean, embeddings.noisy):
+        buffer.normal_()
+    embeddings.gradient_scale.fill_(1e-3)
+    return embeddings.to(device)
+
+
+def sampling_costs(device: torch.device, sizes: list[int], repeats: int = 3) -> dict[str, dict[int, Cost]]:
+    """What one picture costs in one step of a flow of N_p particles, for a φ so small that the kernel's cost shows.
+
+    An exact witness needs all N_p particles to be moved for the sake of one; the stored witness moves that one alone.
+    """
+    net = FeatureNet(num_features=64, **SMALL_NETWORK).to(device).requires_grad_(False)
+    stored = {
+        kernel: random_embeddings(0 if kernel == "linear" else 128, kernel, device) for kernel in ("linear", "gaussian")
+    }
+    costs = {"exact, linear": {}, "exact, gaussian": {}, "approximate, linear": {}}
+    for size in sizes:
+        z = torch.randn(size, 4, 4, 4, device=device)
+        tasks = {
+            "exact, linear": lambda: witness_gradient(net, z, stored["linear"], 12, True),  # noqa: B023
+            "exact, gaussian": lambda: witness_gradient(net, z, stored["gaussian"], 12, True),  # noqa: B023
+            "approximate, linear": lambda: witness_gradient(net, z[:1], stored["linear"], 12, False),  # noqa: B023
+        }
+        for name, cost in measure(tasks, device, repeats).items():
+            costs[name][size] = cost
+    return costs
+
+
+def resolution_costs(
+    device: torch.device, resolutions: list[int], network: dict, num_images: int = 16, repeats: int = 3
+) -> dict[int, dict[str, float]]:
+    """Seconds a picture for one NFE of the default φ, exact and approximate, and for decoding, against resolution.
+
+    The autoencoder is the bundled one, which halves the side four times.
+    """
+    vae = load_autoencoder("elpv-vae", device)
+    embeddings, found = random_embeddings(0, "linear", device), {}
+    for resolution in resolutions:
+        size = resolution // 16
+        torch.manual_seed(0)
+        net = FeatureNet(**{**network, "sample_size": size}, num_features=64).to(device).requires_grad_(False)
+        z = torch.randn(num_images, network["in_channels"], size, size, device=device)
+        tasks = {"decoding": lambda: [decode_pixels(vae, chunk) for chunk in z.split(4)]}  # noqa: B023
+        for sampler in ("exact", "approximate"):
+            steps = flow_schedule(embeddings, sampler, 1, 1)
+            tasks[sampler] = lambda steps=steps: gradient_flow(net, z, embeddings, steps)  # noqa: B023
+        with torch.no_grad():
+            costs = measure(tasks, device, repeats)
+        found[resolution] = {name: cost.seconds / num_images for name, cost in costs.items()}
+    return found
+
+
+def complexity_report(
+    device: torch.device,
+    batches: list[int],
+    particles: list[int],
+    resolutions: list[int],
+    pairs_per_level: int = 8,
+    repeats: int = 3,
+) -> dict:
+    """All measurements as plain values, with the exponents fitted to the largest sizes.
+
+    Args:
+        device: Where.
+        batches: Pairs B of a training step, ascending.
+        particles: N_p of a sampling step, ascending.
+        resolutions: Sides in pixels, multiples of 64.
+        pairs_per_level: Pairs at each of 8 levels in the step that compares the objectives.
+        repeats: Rounds of each measurement.
+    """
+    network = dict(in_channels=8, sample_size=16, patch_size=2, block_out_channels=(96, 128))
+    objectives = objective_costs(device, network, pairs_per_level, repeats=repeats)
+    reference = objectives["flow matching"].seconds
+    report = {
+        "objectives": {
+            name: {**vars(cost), "over_flow_matching": cost.seconds / reference} for name, cost in objectives.items()
+        },
+        "resolution": resolution_costs(device, resolutions, network, repeats=repeats),
+    }
+    for name, costs in (("training", training_costs), ("sampling", sampling_costs)):
+        measured = costs(device, batches if name == "training" else particles, repeats)
+        report[name] = {
+            series: {
+                "sizes": list(by_size),
+                "seconds": [cost.seconds for cost in by_size.values()],
+                "peak_mb": [cost.peak_mb for cost in by_size.values()],
+                "exponent": fitted_exponent(list(by_size), [cost.seconds for cost in by_size.values()]),
+            }
+            for series, by_size in measured.items()
+        }
+    return report
+
+
+def plot_complexity(report: dict, path: str | Path) -> None:
+    """Five panels: training seconds and memory against B, sampling against N_p and resolution, objectives."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 5, figsize=(20, 3.8), layout="constrained")
+    for axis, part, values, title, label in (
+        (axes[0], "training", "seconds", "training step", "pairs B"),
+        (axes[1], "training", "peak_mb", "training step, peak memory", "pairs B"),
+        (axes[2], "sampling", "seconds", "sampling step, for one picture", "particles N_p"),
+    ):
+        for name, series in report[part].items():
+            if None in series[values]:
+                continue
+            slope = fitted_exponent(series["sizes"], [max(v, 1e-3) for v in series[values]])
+            axis.loglog(series["sizes"], series[values], "o-", label=f"{name}: exponent {slope:.2f}")
+        axis.set(title=title, xlabel=label, ylabel="seconds" if values == "seconds" else "MB")
+        axis.legend(fontsize=8)
+    sides = list(report["resolution"])
+    for name in report["resolution"][sides[0]]:
+        label = name if name == "decoding" else f"{name}, one NFE"
+        axes[3].loglog(sides, [report["resolution"][side][name] for side in sides], "o-", label=label)
+    axes[3].set(title="sampling against resolution", xlabel="side in pixels", ylabel="seconds a picture")
+    axes[3].set_xticks(sides, [str(side) for side in sides])
+    axes[3].minorticks_off()
+    axes[3].legend(fontsize=8)
+    names = list(report["objectives"])
+    ratios = [report["objectives"][name]["over_flow_matching"] for name in names]
+    bars = axes[4].barh(names, ratios, color="tab:green")
+    axes[4].bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+    axes[4].set(title="training step, flow matching = 1", xlim=(0, 1.15 * max(ratios)))
+    axes[4].invert_yaxis()
+    for axis in axes[:4]:
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

@@ -1,0 +1,54 @@
+"""Measure what training and sampling cost: python scripts/complexity.py --output_dir docs.
+
+Writes complexity.json and complexity.png. Let nothing else run meanwhile.
+"""
+
+import json
+import sys
+from argparse import ArgumentError
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
+
+from latent_dmmd.complexity import complexity_report, plot_complexity
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--output_dir", type=str, required=True, help="Where the figure and the JSON file go.")
+    parser.add_argument("--batches", type=list[PositiveInt], default=[256, 512, 1024, 2048, 4096], help="Pairs B.")
+    parser.add_argument("--particles", type=list[PositiveInt], default=[128, 512, 2048, 4096, 8192], help="N_p.")
+    parser.add_argument("--resolutions", type=list[PositiveInt], default=[64, 128, 256, 512], help="Sides in pixels.")
+    parser.add_argument(
+        "--pairs_per_level", type=PositiveInt, default=8, help="Pairs a level where objectives compare."
+    )
+    parser.add_argument("--repeats", type=PositiveInt, default=5, help="Rounds of each measurement.")
+    args = parser.parse_args()
+    if any(side % 64 for side in args.resolutions):
+        raise ValueError(f"--resolutions must be multiples of 64; got {args.resolutions}")
+    if min(len(args.batches), len(args.particles)) < 2:
+        raise ValueError("--batches and --particles need at least 2 sizes each, to fit an exponent")
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes = (sorted(sizes) for sizes in (args.batches, args.particles, args.resolutions))
+    report = complexity_report(device, *sizes, pairs_per_level=args.pairs_per_level, repeats=args.repeats)
+    report["machine"] = {"device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "complexity.json").write_text(json.dumps(report, indent=2) + "\n")
+    plot_complexity(report, output_dir / "complexity.png")
+    for name, cost in report["objectives"].items():
+        print(f"{name:<28}{cost['seconds']:8.3f} s a step, {cost['over_flow_matching']:.2f} of flow matching")
+    for part in ("training", "sampling"):
+        for name, series in report[part].items():
+            print(f"{part}, {name:<28} exponent {series['exponent']:.2f} at sizes up to {series['sizes'][-1]}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ArgumentError, ImportError, OSError, ValueError) as error:
+        print(f"complexity.py: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,51 @@
+"""Compare the particles of a flow with the forward process at every noise level.
+
+python scripts/diagnose.py --pipeline DIR --data elpv:train --output_dir diagnosis writes diagnosis.json and .png.
+"""
+
+import sys
+from argparse import ArgumentError
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
+
+from latent_dmmd.data import load_pictures
+from latent_dmmd.diagnosis import Diagnosis, save_diagnosis
+from latent_dmmd.flow import Sampler
+from latent_dmmd.pipeline import load_pipeline
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--pipeline", type=str, required=True, help="Folder of a saved pipeline.")
+    parser.add_argument("--data", type=str, required=True, help="Pictures it was trained on: a folder, elpv:train.")
+    parser.add_argument("--output_dir", type=str, required=True, help="Where the JSON file and the plot go.")
+    parser.add_argument("--num_particles", type=PositiveInt, default=64, help="Particles; twice as many pictures.")
+    parser.add_argument("--samplers", type=list[Sampler], default=["exact", "approximate"], help="Flows to compare.")
+    parser.add_argument("--num_noise_levels", type=PositiveInt, default=25, help="Noise levels of the flow.")
+    parser.add_argument("--steps_per_level", type=PositiveInt, default=2, help="Gradient steps at each level.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of pictures, particles and noise.")
+    args = parser.parse_args()
+
+    pipe = load_pipeline(args.pipeline)
+    pipe.set_progress_bar_config(desc="flow")
+    pictures = load_pictures(args.data, resolution=pipe.resolution)
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(args.seed))
+    x_0 = pipe.encode(torch.stack([pictures[i] for i in order[: 2 * args.num_particles].tolist()]))
+    diagnosis, steps = Diagnosis(pipe, x_0, args.seed), (args.num_noise_levels, args.steps_per_level)
+    flows = {sampler: diagnosis.run(sampler, *steps) for sampler in args.samplers}
+    settings = {key: args[key] for key in ("data", "num_noise_levels", "steps_per_level", "seed")}
+    save_diagnosis(flows, settings | {"num_particles": len(diagnosis.z)}, args.output_dir)
+    for sampler, stops in flows.items():
+        print(f"{sampler}: standard deviation at the end {stops[-1].std:.3f}, of the data {stops[-1].forward_std:.3f}")
+    print(f"figure: {Path(args.output_dir) / 'diagnosis.png'}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ArgumentError, ImportError, OSError, ValueError) as error:
+        print(f"diagnose.py: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,77 @@
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from latent_dmmd.complexity import Cost, PeakMemory, fitted_exponent, measure, objective_costs
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "complexity.py"
+TINY = dict(
+    in_channels=2, sample_size=4, patch_size=2, block_out_channels=(4,), layers_per_block=1, attention_levels=(False,)
+)
+
+
+def test_exponents():
+    sizes = [1, 10, 100, 1000]
+    assert fitted_exponent(sizes, [3.0 * n**2 for n in sizes]) == pytest.approx(2)
+    assert fitted_exponent(sizes, [5.0] * 4) == pytest.approx(0)
+    assert fitted_exponent(sizes, [99.0, *(0.1 * n for n in sizes[1:])]) == pytest.approx(1)  # the largest count
+
+
+def test_median_of_turns():
+    order, pauses = [], iter([0.0, 0.0, 0.05, 0.0, 0.0, 0.0, 0.05, 0.0])
+
+    def task(name):
+        order.append(name)
+        torch.zeros(1).sum()
+        import time
+
+        time.sleep(next(pauses))
+
+    costs = measure({"a": lambda: task("a"), "b": lambda: task("b")}, torch.device("cpu"), repeats=3)
+    assert order == ["a", "b"] * 4
+    assert costs["a"].seconds > 0.04 > 0.02 > costs["b"].seconds
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory on a CPU is a Linux figure")
+def test_peak_memory_is_that_of_what_runs():
+    with PeakMemory(torch.device("cpu")) as large:
+        torch.ones(64 * 2**18).sum()  # 64 MB
+    with PeakMemory(torch.device("cpu")) as small:
+        torch.ones(8 * 2**18).sum()
+    assert 60 < large.mb < 80 and 6 < small.mb < 20
+
+
+def test_forwards_make_the_difference():
+    """On a tiny network: every objective is timed, flow matching is the reference."""
+    costs = objective_costs(torch.device("cpu"), TINY, pairs_per_level=4, levels_per_step=2, repeats=1)
+    assert {"flow matching", "witness matching, running", "dmmd, gaussian", "dmmd, kale"} <= costs.keys()
+    assert all(isinstance(cost, Cost) and cost.seconds > 0 for cost in costs.values())
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["complexity.py", *arguments])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def test_script(tmp_path, monkeypatch, capsys):
+    run(
+        monkeypatch, "--output_dir", str(tmp_path), "--batches", "[8,16]", "--particles", "[4,8]",
+        "--resolutions", "[64]", "--pairs_per_level", "2", "--repeats", "1",
+    )  # fmt: skip
+    report = json.loads((tmp_path / "complexity.json").read_text())
+    assert report["training"]["gaussian"]["sizes"] == [8, 16] and "64" in report["resolution"]
+    assert report["objectives"]["flow matching"]["over_flow_matching"] == 1
+    assert (tmp_path / "complexity.png").stat().st_size > 10_000
+    assert "exponent" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, message", [(("--resolutions", "[100]"), "64"), (("--batches", "[8]"), "2 sizes")])
+def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--output_dir", str(tmp_path / "out"), *arguments)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and message in lines[0] and not (tmp_path / "out").exists()
