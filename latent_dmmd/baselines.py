@@ -7,6 +7,8 @@ Flow matching (Lipman et al., 2023) regresses a velocity on the displacement of 
 Witness matching is this with v restricted to gradients of witnesses; here v is the network's output itself.
 """
 
+from collections.abc import Callable
+
 import torch
 from diffusers.configuration_utils import register_to_config
 from einops import rearrange
@@ -81,8 +83,14 @@ class FlowMatching(Objective):
 
 
 @torch.no_grad()
-def euler(velocity_net: VelocityNet, z: Tensor, num_steps: int) -> Tensor:
-    """Move particles (N, C, H, W) from t = 1 to t = 0 in equal steps of the probability flow, one NFE each."""
+def euler(
+    velocity_net: VelocityNet, z: Tensor, num_steps: int, callback: Callable[[Tensor], object] = lambda z: None
+) -> Tensor:
+    """Move particles (N, C, H, W) from t = 1 to t = 0 in equal steps of the probability flow, one NFE each.
+
+    `callback` sees the particles after every step.
+    """
     for n in range(num_steps, 0, -1):
         z = z - velocity_net(z, torch.tensor(n / num_steps).to(z)) / num_steps
+        callback(z)
     return z

@@ -115,15 +115,21 @@ def training_step(objective: Objective, batch: Batch, mixed_precision: bool) -> 
 
 
 def objective_costs(
-    device: torch.device, network: dict, pairs_per_level: int = 8, levels_per_step: int = 8, repeats: int = 9
+    device: torch.device,
+    network: dict,
+    pairs_per_level: int = 8,
+    levels_per_step: int = 8,
+    repeats: int = 9,
+    mixed_precision: bool = False,
 ) -> dict[str, Cost]:
-    """A training step of every objective beside one of flow matching: same U-Net, same batch, bf16.
+    """A training step of every objective beside one of flow matching: same U-Net, same batch.
 
     Args:
         device: Where.
         network: Arguments of `FeatureNet` but for `num_features`, which is 64.
         pairs_per_level: B.
         levels_per_step: L.
+        mixed_precision: Whether in bf16, which pays where the processor has it.
         repeats: Rounds; a multiple of 4 plus 1 gives refreshes of running means their share.
     """
     shape = (network["in_channels"], network["sample_size"], network["sample_size"])
@@ -146,7 +152,7 @@ def objective_costs(
     }
     for name, options in kernels.items():
         objectives[name] = DMMD(features(), process, 25, discrepancy=get_discrepancy(**options)).to(device)
-    steps = {name: training_step(objective, batch, True) for name, objective in objectives.items()}
+    steps = {name: training_step(objective, batch, mixed_precision) for name, objective in objectives.items()}
     # running means are refreshed at every fourth step: time four at once
     running = steps["witness matching, running"]
     costs = measure(steps | {"witness matching, running": lambda: [running() for _ in range(4)]}, device, repeats)

@@ -17,7 +17,7 @@ from latent_dmmd.discrepancy import get_discrepancy
 from latent_dmmd.flow import Sampler
 from latent_dmmd.forward import FORWARD_PROCESSES
 from latent_dmmd.latents import BUNDLED_AUTOENCODER
-from latent_dmmd.objective import MeanEmbeddingSource
+from latent_dmmd.objective import MeanEmbeddingSource, Segment
 
 
 class ConfigError(ValueError):
@@ -125,6 +125,7 @@ class ObjectiveConfig:
         gradient_center: dmmd: norm the penalty asks for, 1 (paper) or 0.
         feature_weight: dmmd: weight of the features' mean square.
         mean_embeddings: witness-matching: "running", "ema" or "batch".
+        segment: witness-matching: train the witness of a level from there to the next "level", or on the "whole" way.
         momentum: witness-matching: weight of the past in running means.
         refresh_every: witness-matching: steps between refreshes of the running means.
     """
@@ -142,6 +143,7 @@ class ObjectiveConfig:
     gradient_center: float = 1.0
     feature_weight: float = 1e-3
     mean_embeddings: MeanEmbeddingSource = "running"
+    segment: Segment = "whole"
     momentum: float = 0.97
     refresh_every: int = 4
 

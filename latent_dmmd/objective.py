@@ -18,6 +18,10 @@ that is, flow matching restricted to gradients of witnesses. Two choices make it
 f / ‖f‖_H, the unit-ball witness of MMD instead of MMD², and λ_t = (E ‖x_t − x_0‖²)^½, so that the regression target has
 unit length at every level and the loss is the unexplained fraction of the displacement.
 
+**Segments.** The same holds for the part of the segment with u ≥ u_k. Where u_k = d(t_{k−1}) / d(t_k), that part is the
+piece of the way on which the flow uses the witness of level t_k, from x_t to the next level's x_t'. The objective is
+then that of neighbouring levels, and φ(·, t_k) need not represent the field at all lower levels, too.
+
 **Mean embeddings.** The witness depends on the distributions of X_t and X_0 at level t, which three sources estimate,
 behind one interface, `EmbeddingSource`: the batch with gradient (the paper's: three forwards of φ a step), the batch
 through the averaged network without (one forward with gradient, two without), and running embeddings per level from the
@@ -36,6 +40,7 @@ from latent_dmmd.discrepancy import MMD, Discrepancy, Witness
 from latent_dmmd.forward import ForwardProcess, noise_levels
 
 MeanEmbeddingSource = Literal["running", "ema", "batch"]
+Segment = Literal["level", "whole"]
 
 
 class Batch(NamedTuple):
@@ -279,6 +284,11 @@ class WitnessMatching(Objective):
         momentum: See `RunningEmbeddings`.
         refresh_every: See `RunningEmbeddings`.
         num_points: Features that "running" keeps of each level where means are not enough.
+        segment: Where the witness of level t_k is trained: "level", from x_t to the next level, on which the flow
+            uses it; or "whole", from x_t to the data, the identity's own.
+
+    Raises:
+        ValueError: If `mean_embeddings` or `segment` is none of these, or the averaged network is missing.
     """
 
     def __init__(
@@ -292,8 +302,12 @@ class WitnessMatching(Objective):
         refresh_every: int = 4,
         discrepancy: Discrepancy | None = None,
         num_points: int = 128,
+        segment: Segment = "whole",
     ) -> None:
         super().__init__(feature_net, process, num_noise_levels, discrepancy)
+        if segment not in ("level", "whole"):
+            raise ValueError(f"segment must be 'level' or 'whole'; got {segment!r}")
+        self.segment = segment
         if mean_embeddings not in ("running", "ema", "batch"):
             raise ValueError(f"mean_embeddings must be 'running', 'ema' or 'batch'; got {mean_embeddings!r}")
         if mean_embeddings != "batch" and averaged_net is None:
@@ -313,6 +327,9 @@ class WitnessMatching(Objective):
         x_t = self.noisy(batch)
         witness = self.source(self, batch, x_t)
         norm = witness.norm()
+        if self.segment == "level":
+            start = self.segment_start()[batch.level][:, None].to(batch.u)
+            batch = batch._replace(u=start + (1 - start) * batch.u)
         gradient = self.witness_gradient(batch, x_t, witness.scaled(1 / norm))
         displacement = (x_t - batch.x_0).flatten(2)
         target = displacement / rearrange(self.gradient_length()[batch.level], "l -> l 1 1")
@@ -321,6 +338,11 @@ class WitnessMatching(Objective):
             cosine = torch.cosine_similarity(gradient, displacement, dim=-1).mean()
         name = self.discrepancy.name.removesuffix("2")
         return Terms(matching, {"matching": matching.detach(), name: norm.detach().mean(), "cosine": cosine})
+
+    def segment_start(self) -> Tensor:
+        """u_k = d(t_{k−1}) / d(t_k), with shape (T); 0 for the lowest level."""
+        displacement = self.process.displacement(self.levels)
+        return torch.cat([displacement.new_zeros(1), displacement[:-1] / displacement[1:]])
 
     def gradient_length(self) -> Tensor:
         """λ_t = (E ‖x_t − x_0‖²)^½ = d(t) D^½, with shape (T)."""

@@ -106,6 +106,7 @@ def build_objective(config: Config, feature_net: FeatureNet, averaged_net: Featu
         refresh_every=options.refresh_every,
         discrepancy=discrepancy,
         num_points=options.num_points,
+        segment=options.segment,
     )
 
 

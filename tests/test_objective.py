@@ -203,6 +203,19 @@ def test_witness_matching_of_any_witness_against_loops(discrepancy, source):
     assert terms.named.keys() == {"matching", discrepancy.name.removesuffix("2"), "cosine"}
 
 
+def test_segments_of_the_levels_tile_the_way():
+    """segment="level" is the whole-segment loss at u moved into [t_{k−1} / t_k, 1]."""
+    net, batch = TinyNet(), make_batch(levels=(0, 2))
+    level, whole = (
+        WitnessMatching(net, LinearInterpolant(), 4, mean_embeddings="batch", segment=segment)
+        for segment in ("level", "whole")
+    )
+    torch.testing.assert_close(level.segment_start(), torch.tensor([0.0, 1 / 2, 2 / 3, 3 / 4]))
+    moved = batch._replace(u=torch.stack([batch.u[0], 2 / 3 + batch.u[1] / 3]))
+    torch.testing.assert_close(level(batch).total, whole(moved).total)
+    assert not torch.allclose(level(batch).total, whole(batch).total, rtol=1e-3)
+
+
 def test_refreshes_every_so_often():
     objective = WitnessMatching(TinyNet(), LinearInterpolant(), 4, TinyNet(1), refresh_every=3)
     for i in range(7):
@@ -236,6 +249,8 @@ def test_a_perfect_witness_has_no_loss():
 def test_refuses_what_cannot_be():
     with pytest.raises(ValueError, match="running"):
         WitnessMatching(TinyNet(), LinearInterpolant(), 4, TinyNet(), mean_embeddings="stored")
+    with pytest.raises(ValueError, match="segment"):
+        WitnessMatching(TinyNet(), LinearInterpolant(), 4, mean_embeddings="batch", segment="half")
     with pytest.raises(ValueError, match="averaged network"):
         WitnessMatching(TinyNet(), LinearInterpolant(), 4)
 

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from latent_dmmd import FeatureNet, LatentDMMDPipeline, MeanEmbeddings
+from latent_dmmd.pipeline import load_pipeline
 
 
 @pytest.fixture
@@ -69,6 +70,30 @@ def test_statistics_and_given_latents(pipe):
     torch.testing.assert_close(pipe.decode(z, "pt"), expected.detach())
 
 
+def test_encode_gives_standardised_particles(pipe):
+    images_uint8 = torch.randint(0, 256, (5, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    z = pipe.encode(images_uint8, chunk_size=2)
+    raw = pipe.vae.encode(images_uint8.float() / 127.5 - 1).latent_dist.mean
+    mean, std = (torch.tensor(a).reshape(4, 1, 1) for a in ([0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 0.5, 1.5]))
+    torch.testing.assert_close(z, (raw - mean) / std)
+    assert pipe.resolution == 32
+
+
+def test_load_pipeline(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "pipeline")
+    assert torch.equal(run(load_pipeline(tmp_path / "pipeline")), run(pipe))
+    with pytest.raises(ValueError, match="no pipeline"):
+        load_pipeline(tmp_path)
+
+
+def test_options_reach_the_flow(pipe):
+    plain = run(pipe, sampler="exact", output_type="latent")
+    for options in ({"self_term": "leave-one-out"}, {"self_term": "independent"}, {"noise_injection": 0.2}):
+        z = run(pipe, sampler="exact", output_type="latent", **options)
+        assert z.isfinite().all() and not torch.allclose(z, plain, atol=1e-3)
+        assert torch.equal(z, run(pipe, sampler="exact", output_type="latent", **options))
+
+
 def test_callback_sees_every_step_and_may_replace_particles(pipe):
     seen = []
 
@@ -103,6 +128,8 @@ def test_without_an_autoencoder_particles_are_pixels(tmp_path):
         ({"batch_size": 0}, "batch_size"),
         ({"latents": torch.zeros(3, 4, 1, 1)}, "latents must have shape"),
         ({"num_noise_levels": 9}, "num_noise_levels"),
+        ({"self_term": "twice"}, "self_term"),
+        ({"noise_injection": -0.1}, "noise_injection"),
     ],
 )
 def test_refuses_what_cannot_be(pipe, options, message):

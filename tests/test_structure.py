@@ -25,6 +25,7 @@ ORDER = [
     "autoencoder",
     "complexity",
     "diagnosis",
+    "toy2d",
 ]
 
 

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import subprocess
 import sys
@@ -74,6 +75,41 @@ def test_run_folder(arguments, tmp_path, objective):
     assert "license" in (folder / "pipeline" / "README.md").read_text()
     pipe = LatentDMMDPipeline.from_pretrained(folder / "pipeline")
     assert pipe(num_noise_levels=4, steps_per_level=1, sampler="exact", output_type="pt").images.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "extra, term",
+    [
+        (["--config", str(ROOT / "configs" / "elpv256_kale.yaml")], "kale"),
+        (["--objective.name", "dmmd", "--objective.kernel", "gaussian"], "mmd2"),
+        (
+            ["--objective.name", "dmmd", "--objective.kernel", "rational-quadratic", "--objective.bandwidth", "2"],
+            "mmd2",
+        ),
+        (["--objective.kernel", "gaussian", "--objective.bandwidth", "[1.0, 4.0]"], "mmd"),
+        (["--objective.discrepancy", "kale", "--objective.mean_embeddings", "ema"], "kale"),
+        (["--objective.forward_process", "blur", "--objective.segment", "level"], "mmd"),
+        (["--objective.forward_process", "vp-cosine"], "mmd"),
+    ],
+    ids=lambda value: " ".join(value[1::2])[-40:] if isinstance(value, list) else value,
+)
+def test_every_discrepancy_and_process_trains_and_samples(arguments, tmp_path, extra, term):
+    overrides = ["--training.num_steps", "3", "--objective.num_points", "6", "--training.learning_rate", "1e-4"]
+    overrides += ["--output_dir", str(tmp_path / "run")]
+    config = parse_config(Config, [*arguments, *extra, *overrides])
+    folder = train(config)
+    line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert term in line and all(math.isfinite(value) for value in line.values())
+    pipe = LatentDMMDPipeline.from_pretrained(folder / "pipeline")
+    stored = pipe.mean_embeddings
+    assert stored.config.discrepancy == config.objective.discrepancy_options()
+    assert stored.config.forward_process == config.objective.forward_process
+    assert stored.clean.shape == ((4, 8) if stored.discrepancy.needs_means_only else (4, 6, 8))
+    for sampler in ("exact", "approximate", "hybrid"):
+        options = {"num_noise_levels": 4, "steps_per_level": 2, "batch_size": 3, "output_type": "latent"}
+        z = pipe(sampler=sampler, generator=torch.Generator().manual_seed(0), **options).images
+        still = pipe(sampler=sampler, generator=torch.Generator().manual_seed(0), step_size=1e-9, **options).images
+        assert z.isfinite().all() and (z - still).abs().max() > 0.01
 
 
 def test_skipped_pictures_are_not_shown_either(arguments, tiny_pictures):
