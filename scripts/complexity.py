@@ -18,8 +18,12 @@ from latent_dmmd.complexity import complexity_report, plot_complexity
 def main() -> None:
     parser = ArgumentParser(description=__doc__, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--output_dir", type=str, required=True, help="Where the figure and the JSON file go.")
-    parser.add_argument("--batches", type=list[PositiveInt], default=[256, 512, 1024, 2048, 4096], help="Pairs B.")
-    parser.add_argument("--particles", type=list[PositiveInt], default=[128, 512, 2048, 4096, 8192], help="N_p.")
+    parser.add_argument(
+        "--batches", type=list[PositiveInt], default=[256, 512, 1024, 2048, 4096], help="Pairs B; linear: 8 B."
+    )
+    parser.add_argument(
+        "--particles", type=list[PositiveInt], default=[512, 1024, 2048, 4096, 8192], help="N_p; linear: 8 N_p."
+    )
     parser.add_argument("--resolutions", type=list[PositiveInt], default=[64, 128, 256, 512], help="Sides in pixels.")
     parser.add_argument(
         "--pairs_per_level", type=PositiveInt, default=8, help="Pairs a level where objectives compare."
