@@ -131,7 +131,7 @@ def objective_costs(
         pairs_per_level: B.
         levels_per_step: L.
         mixed_precision: Whether in bf16, which pays where the processor has it.
-        repeats: Rounds; a multiple of 4 plus 1 gives refreshes of running means their share.
+        repeats: Rounds.
     """
     shape = (network["in_channels"], network["sample_size"], network["sample_size"])
     batch, process = random_batch(levels_per_step, pairs_per_level, shape, 25, device), LinearInterpolant()

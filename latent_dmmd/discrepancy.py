@@ -19,6 +19,7 @@ flow needs nothing else of a discrepancy, and every function here takes leading 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import ClassVar, Literal
 
 import torch
@@ -32,12 +33,12 @@ Estimator = Literal["u", "v"]
 def in_float32(function: Callable) -> Callable:
     """Run outside autocast, with tensors in float32 or better: bf16 loses the difference of nearly equal means."""
 
+    @wraps(function)
     def wrapped(x: Tensor, y: Tensor, *args, **kwargs):
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
             return function(x.to(dtype), y.to(dtype), *args, **kwargs)
 
-    wrapped.__doc__, wrapped.__name__ = function.__doc__, function.__name__
     return wrapped
 
 

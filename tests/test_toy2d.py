@@ -33,6 +33,7 @@ def test_optimal_bandwidth_is_the_steepest(gap, sigma, dim):
 
     def slope(alpha):
         g = torch.tensor(gap, dtype=torch.float64, requires_grad=True)
+        alpha = torch.tensor(alpha, dtype=torch.float64)
         return torch.autograd.grad(gaussian_mmd2(g, sigma, alpha, dim), g)[0].item()
 
     best = optimal_bandwidth(gap, sigma, dim)
