@@ -31,7 +31,7 @@ particles are.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -279,7 +279,7 @@ def measure_embeddings(
     discrepancy = discrepancy or MMD()
     clean = torch.cat([feature_net(x_0, t) for x_0, _ in pairs])
     noisy = torch.cat([feature_net(x_t, t) for _, x_t in pairs])
-    witness = replace(discrepancy, kernel=discrepancy.kernel.fitted(noisy, clean)).witness(noisy, clean)
+    witness = discrepancy.witness(noisy, clean)
     inner = square = 0.0
     for x_0, x_t in pairs:
         with torch.enable_grad():
