@@ -1,21 +1,33 @@
 """What a user would pick instead, on the same backbone, batches and training loop.
 
-Flow matching (Lipman et al., 2023) regresses a velocity on the displacement of the linear interpolant,
+**Flow matching** (Lipman et al., 2023) regresses a velocity on the displacement of the linear interpolant,
 
     x_t = (1 − t) x_0 + t ε,      L = E ‖v(x_t, t) − (ε − x_0)‖²,      sampling: Z ← Z − v(Z, t) (t − t')
 
 Witness matching is this with v restricted to gradients of witnesses; here v is the network's output itself.
+
+**DDPM** (Ho et al., 2020) predicts the noise of a variance-preserving process at 1,000 times, L = E ‖ε̂(x_t, t) − ε‖²;
+it is sampled by DDIM (Song et al., 2021).
+
+**MMD-GAN** (Li et al., 2017; Bińkowski et al., 2018) trains a generator G against the same features φ as critic,
+
+    min_G max_φ MMD²_u[G(ε), x_0] − λ_∇ E (‖∇f(x̃_u)‖ − c)²
+
+both in one step. G(ε) = ε − v(ε, 1) is one Euler step of the same network, so it is saved and sampled as flow matching
+with one step.
 """
 
 from collections.abc import Callable
 
 import torch
+from diffusers import DDPMScheduler
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  where diffusers looks when it loads a VelocityNet
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
-from latent_dmmd.features import PatchUNet
-from latent_dmmd.objective import Batch, Objective, Terms
+from latent_dmmd.features import FeatureNet, PatchUNet
+from latent_dmmd.objective import DMMD, Batch, Objective, Terms
 
 
 class VelocityNet(PatchUNet):
@@ -65,6 +77,20 @@ class VelocityNet(PatchUNet):
         return v.to(torch.promote_types(v.dtype, torch.float32))
 
 
+class GeneratorAndCritic(nn.Module):
+    """The two networks of MMD-GAN, trained by one optimiser and averaged together.
+
+    Args:
+        generator: G(ε) = ε − v(ε, 1).
+        critic: φ, used at noise level 0.
+    """
+
+    def __init__(self, generator: VelocityNet, critic: FeatureNet) -> None:
+        super().__init__()
+        self.generator = generator
+        self.critic = critic
+
+
 class FlowMatching(Objective):
     """Flow matching, in the place of a DMMD objective: `feature_net` is a `VelocityNet`.
 
@@ -80,6 +106,66 @@ class FlowMatching(Objective):
         with torch.no_grad():
             cosine = torch.cosine_similarity(v.flatten(1), displacement.flatten(1)).mean()
         return Terms(matching, {"flow_matching": matching.detach(), "cosine": cosine})
+
+
+class DDPM(Objective):
+    """Noise prediction, in the place of a DMMD objective: `feature_net` is a `VelocityNet` whose output is ε̂(x_t, t).
+
+    Each pair of the batch is taken at one of the scheduler's times, whatever its level. Terms: `noise_prediction`, the
+    unexplained fraction of ε.
+
+    Args:
+        scheduler: The forward process; the network sees its times divided by their number.
+    """
+
+    def __init__(self, *args, scheduler: DDPMScheduler | None = None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.scheduler = scheduler or DDPMScheduler()
+
+    def forward(self, batch: Batch) -> Terms:
+        x_0, eps, u = batch.x_0.flatten(0, 1), batch.eps.flatten(0, 1), batch.u.flatten()
+        num_times = self.scheduler.config.num_train_timesteps
+        times = (u * num_times).long().clamp(max=num_times - 1)
+        x_t = self.scheduler.add_noise(x_0, eps, times)
+        error = (self.feature_net(x_t, times / num_times) - eps).square().mean()
+        return Terms(error, {"noise_prediction": error.detach()})
+
+
+class MMDGAN(DMMD):
+    """A generator against features as critic, in the place of a DMMD objective.
+
+    All pairs of the batch are one batch at noise level 0: the noise ε of each is what the generator is given. Terms:
+    `mmd2` (or `kale`), which the critic raises and the generator lowers; `gradient_penalty`; and the diagnostic
+    `gradient_norm`.
+
+    Args:
+        network: Both networks.
+        args, options: As `DMMD`; `feature_weight` is not used.
+    """
+
+    def __init__(self, network: GeneratorAndCritic, *args, **options) -> None:
+        super().__init__(network.critic, *args, **options)
+        self.generator = network.generator
+
+    def forward(self, batch: Batch) -> Terms:
+        x_0, eps, u = (rearrange(a, "l b ... -> 1 (l b) ...") for a in (batch.x_0, batch.eps, batch.u))
+        generated = eps - self.generator(eps[0], torch.ones(()).to(eps))
+        batch = Batch(x_0, torch.zeros(1, dtype=torch.long, device=x_0.device), eps, u)
+        x_g = generated.detach().requires_grad_()
+        phi_0, phi_g = self.both_features(batch, x_g)
+        value = self.discrepancy.value(phi_g, phi_0).mean()
+        (descent,) = torch.autograd.grad(value, x_g, retain_graph=True)
+        gradient = self.witness_gradient(batch, x_g, self.discrepancy.witness(phi_g, phi_0))
+        norm = (gradient.square().sum(-1) + 1e-12).sqrt()
+        penalty = self.gradient_weight * (norm - self.gradient_center).square().mean()
+        named = {self.discrepancy.name: value, "gradient_penalty": penalty, "gradient_norm": norm.mean()}
+        # the critic sees `x_g`, a constant; the generator gets the gradient of the value, and not that of the penalty
+        total = penalty - value + (descent * generated).sum()
+        return Terms(total, {name: term.detach() for name, term in named.items()})
+
+    def features(self, x: Tensor, level: Tensor, net: nn.Module | None = None) -> Tensor:
+        """φ at noise level 0, whatever `level`: (1, B, C, H, W) to (1, B, F)."""
+        return (net or self.feature_net)(x.flatten(0, 1), torch.zeros(()).to(x)).unflatten(0, x.shape[:2])
 
 
 @torch.no_grad()

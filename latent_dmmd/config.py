@@ -63,12 +63,12 @@ class AutoencoderConfig:
     """The frozen autoencoder.
 
     Args:
-        name_or_path: A diffusers folder or hub name: AutoencoderKL, AutoencoderTiny or AutoencoderDC; or "elpv-vae",
-            the bundled one.
+        name_or_path: A diffusers folder or hub name: AutoencoderKL, AutoencoderTiny or AutoencoderDC; "elpv-vae", the
+            bundled one; or null: particles are pixels.
         batch_size: Pictures encoded at once.
     """
 
-    name_or_path: str = BUNDLED_AUTOENCODER
+    name_or_path: str | None = BUNDLED_AUTOENCODER
     batch_size: int = 8
 
     def __post_init__(self) -> None:
@@ -85,6 +85,7 @@ class FeatureNetConfig:
         block_out_channels: Width at each level.
         layers_per_block: Residual blocks a level, on the way down and on the way up.
         attention_levels: Whether each level has attention.
+        squared_norm: Whether features see the squared norm of their input, for patches with more numbers than features.
     """
 
     num_features: int = 64
@@ -92,6 +93,7 @@ class FeatureNetConfig:
     block_out_channels: list[int] = field(default_factory=lambda: [96, 128])
     layers_per_block: int = 2
     attention_levels: list[bool] = field(default_factory=lambda: [False, True])
+    squared_norm: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_features", "patch_size", "layers_per_block"):
@@ -112,7 +114,8 @@ class ObjectiveConfig:
     """What is minimised.
 
     Args:
-        name: "witness-matching" or "dmmd", the paper's.
+        name: "witness-matching"; "dmmd", the paper's; or what they are compared with, on the same backbone:
+            "flow-matching", "ddpm" or "mmd-gan".
         forward_process: "linear", "vp-cosine", "vp-linear" or "blur".
         discrepancy: "mmd", or "kale": with `name: dmmd`, the features of D-KALE-Flow.
         kernel: Base kernel on features: "linear" (the paper's), "gaussian" or "rational-quadratic".
@@ -121,8 +124,8 @@ class ObjectiveConfig:
         kale_lambda: λ of KALE; large is MMD, small is KL.
         num_points: Features stored of each noise level where means are not enough: other kernels, and KALE.
         num_noise_levels: Size T of the grid of noise levels.
-        gradient_weight: dmmd: weight of the gradient penalty.
-        gradient_center: dmmd: norm the penalty asks for, 1 (paper) or 0.
+        gradient_weight: dmmd, mmd-gan: weight of the gradient penalty.
+        gradient_center: dmmd, mmd-gan: norm the penalty asks for, 1 (paper) or 0.
         feature_weight: dmmd: weight of the features' mean square.
         mean_embeddings: witness-matching: "running", "ema" or "batch".
         segment: witness-matching: train the witness of a level from there to the next "level", or on the "whole" way.
@@ -130,7 +133,7 @@ class ObjectiveConfig:
         refresh_every: witness-matching: steps between refreshes of the running means.
     """
 
-    name: Literal["witness-matching", "dmmd"] = "witness-matching"
+    name: Literal["witness-matching", "dmmd", "flow-matching", "ddpm", "mmd-gan"] = "witness-matching"
     forward_process: str = "linear"
     discrepancy: Literal["mmd", "kale"] = "mmd"
     kernel: Literal["linear", "gaussian", "rational-quadratic"] = "linear"
@@ -182,11 +185,14 @@ class TrainingConfig:
         num_steps: Optimiser steps.
         levels_per_step: Noise levels L a step, stratified over the grid.
         pairs_per_level: Pairs (x_0, x_t) B at each level, on each device.
-        learning_rate: Peak learning rate of Adam, decayed to a tenth by a cosine.
+        learning_rate: Peak learning rate of Adam.
+        learning_rate_schedule: After the warm-up: "cosine", to a tenth of the peak at the last step; or "constant",
+            with which a finished run can go on under a larger num_steps.
         num_warmup_steps: Steps of linear warm-up.
         max_grad_norm: Gradient norm above which gradients are scaled down.
         ema_decay: Decay of the averaged weights; shorter early on.
-        mixed_precision: "no" (in quotes in YAML, where a bare no is false) or "bf16".
+        mixed_precision: "no" (in quotes in YAML, where a bare no is false), "bf16", or "auto": bf16 on GPUs that have
+            it, "no" on CPUs.
         checkpointing_steps: Steps between checkpoints; there is one at the end, too.
         checkpoints_total_limit: Checkpoints kept.
         log_every: Steps between two lines of metrics.jsonl.
@@ -198,10 +204,11 @@ class TrainingConfig:
     levels_per_step: int = 8
     pairs_per_level: int = 8
     learning_rate: float = 1e-3
+    learning_rate_schedule: Literal["cosine", "constant"] = "cosine"
     num_warmup_steps: int = 50
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
-    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2
     log_every: int = 10

@@ -234,6 +234,74 @@ class LatentCache:
         return standardise(latents, self.channel_mean, self.channel_std)
 
 
+def keyed_generator(*key: int) -> torch.Generator:
+    """A CPU generator seeded by all of its key."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+
+@dataclass(frozen=True)
+class PixelCache:
+    """Pictures of a data set as particles, and what standardises them.
+
+    Attributes:
+        images_uint8: The pictures, with shape (N, 3, H, W).
+        horizontal_flip: Whether mirrored pictures are drawn, too.
+        channel_mean: Mean of pixels in [-1, 1] per channel, with shape (3).
+        channel_std: Their standard deviation per channel, with shape (3).
+        skipped: Names of pictures that could not be read.
+    """
+
+    images_uint8: Tensor
+    horizontal_flip: bool
+    channel_mean: Tensor
+    channel_std: Tensor
+    skipped: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.images_uint8)
+
+    def draw(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        """Standardised random pictures, with shape (batch_size, 3, H, W)."""
+        index = torch.randint(len(self), (batch_size,), generator=generator)
+        flip = torch.rand(batch_size, generator=generator) < 0.5
+        images = self.images_uint8[index]
+        if self.horizontal_flip:
+            images[flip] = images[flip].flip(-1)
+        return standardise(to_pixels(images), self.channel_mean, self.channel_std)
+
+
+def cache_pixels(
+    pictures: PictureDataset, horizontal_flip: bool = False, on_bad_image: OnBadImage = "error"
+) -> PixelCache:
+    """Read a data set into memory, one byte a number.
+
+    Args:
+        pictures: The data set.
+        horizontal_flip: Whether mirrored pictures are data, too.
+        on_bad_image: "error" stops at a picture that cannot be read and names it; "skip" leaves it out.
+
+    Raises:
+        DataError: If a picture cannot be read, or none could be.
+    """
+    images, skipped, total, square = [], [], 0.0, 0.0
+    progress = tqdm(range(len(pictures)), desc="reading", unit="picture", disable=not PartialState().is_main_process)
+    for i in progress:
+        name, image = PicturesOrErrors(pictures, range(i, i + 1))[0]
+        if isinstance(image, DataError):
+            if on_bad_image == "error":
+                raise DataError(f"{image}; {SKIP_HINT}")
+            skipped.append(name)
+            continue
+        images.append(image)
+        pixels = to_pixels(image).double()
+        total, square = total + pixels.mean((1, 2)), square + pixels.square().mean((1, 2))
+    if not images:
+        raise DataError(f"none of the {len(pictures)} pictures could be read; the first is {skipped[0]}")
+    mean = total / len(images)
+    std = (square / len(images) - mean.square()).clamp(min=1e-12).sqrt()
+    return PixelCache(torch.stack(images), horizontal_flip, mean.float(), std.float(), tuple(skipped))
+
+
 def default_cache_dir() -> Path:
     """`$XDG_CACHE_HOME/latent_dmmd`, or `~/.cache/latent_dmmd`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latent_dmmd"

@@ -186,6 +186,10 @@ class FeatureNet(PatchUNet):
     contains ⟨x, u(x, t)⟩ and gated ‖x‖² terms, so that ∇φ can return the network's own output and the input: the
     field a witness must have near t = 1 is close to x itself.
 
+    ∇φ lies in the span of the maps that read x: at most block_out_channels[0] + F directions of the C p² of a patch.
+    Where that is too few, as with patches of pixels, `squared_norm` adds gated (‖x‖² − D) / (2 √D) to every feature, so
+    that the flow can at least shrink the noise in all others.
+
     Args:
         sample_size: Side of the particles.
         in_channels: Channels C of the particles.
@@ -195,6 +199,7 @@ class FeatureNet(PatchUNet):
         layers_per_block: Residual blocks a level, on the way down and again on the way up.
         attention_levels: Whether a level has attention, for each level.
         num_groups: Groups of the normalisation.
+        squared_norm: Whether features see the squared norm of the whole input.
 
     Raises:
         ValueError: If the sizes do not fit each other.
@@ -211,6 +216,7 @@ class FeatureNet(PatchUNet):
         layers_per_block: int = 2,
         attention_levels: tuple[bool, ...] = (False, True),
         num_groups: int = 8,
+        squared_norm: bool = False,
     ) -> None:
         super().__init__(
             sample_size,
@@ -225,6 +231,10 @@ class FeatureNet(PatchUNet):
         self.lift = nn.Conv2d(self.patch_dim, num_features, 1)
         self.gate = nn.Linear(block_out_channels[-1] + self.embedding_dim, num_features)
         nn.init.ones_(self.lift.bias)
+        if squared_norm:
+            self.norm_gate = nn.Linear(self.gate.in_features, num_features)
+            nn.init.zeros_(self.norm_gate.weight)
+            nn.init.zeros_(self.norm_gate.bias)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Features of particles at noise levels.
@@ -244,7 +254,12 @@ class FeatureNet(PatchUNet):
         # float32: sums over positions, whose small differences are the signal
         h, lift, gate = (a.to(torch.promote_types(a.dtype, torch.float32)) for a in (h, lift, gate))
         products = lift * (h + rearrange(gate, "b f -> b f 1 1") * lift)
-        return reduce(products, "b f h w -> b f", "sum") * (h.shape[-2] * h.shape[-1]) ** -0.5
+        phi = reduce(products, "b f h w -> b f", "sum") * (h.shape[-2] * h.shape[-1]) ** -0.5
+        if self.config.squared_norm:
+            x = x.flatten(1).to(phi)
+            excess = (x.square().sum(1, keepdim=True) - x.shape[1]) / (2 * x.shape[1] ** 0.5)
+            phi = phi + self.norm_gate(summary).to(phi) * excess
+        return phi
 
 
 class MeanEmbeddings(ModelMixin, ConfigMixin):

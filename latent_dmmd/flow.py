@@ -138,6 +138,17 @@ def flow_schedule(
     return steps
 
 
+def steps_for_nfe(nfe: int, num_stored_levels: int) -> tuple[int, int]:
+    """K noise levels, as many as are stored and divide the NFE, and N_s steps at each, K · N_s = NFE.
+
+    Raises ValueError if the NFE is not positive.
+    """
+    if nfe < 1:
+        raise ValueError(f"num_inference_steps must be at least 1; got {nfe}")
+    levels = max(k for k in range(1, num_stored_levels + 1) if nfe % k == 0)
+    return levels, nfe // levels
+
+
 class ExactWitness:
     """The witness between particles and the clean data, for particles of their own.
 

@@ -1,17 +1,25 @@
-"""The diffusers pipeline: noise, gradient flow in latent space, decoded pictures."""
+"""The diffusers pipelines: noise, a flow in latent space, decoded pictures.
 
+`LatentDMMDPipeline` follows the gradient flow of DMMD; `LatentSchedulerPipeline` a diffusers scheduler, for what DMMD
+is compared with. Both are called alike: `pipe(batch_size, num_inference_steps=…, generator=…)`.
+"""
+
+import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from latent_dmmd.features import FeatureNet, MeanEmbeddings
-from latent_dmmd.flow import FlowStep, Sampler, SelfTerm, flow_schedule, gradient_flow
+from latent_dmmd.baselines import VelocityNet
+from latent_dmmd.features import FeatureNet, MeanEmbeddings, PatchUNet
+from latent_dmmd.flow import FlowStep, Sampler, SelfTerm, flow_schedule, gradient_flow, steps_for_nfe
 from latent_dmmd.latents import (
     Autoencoder,
     decode_pixels,
@@ -22,8 +30,94 @@ from latent_dmmd.latents import (
     unstandardise,
 )
 
+OutputType = Literal["pil", "np", "pt", "latent"]
 
-class LatentDMMDPipeline(DiffusionPipeline):
+
+class LatentPipeline(DiffusionPipeline):
+    """Base class: particles ↔ pictures, through a frozen autoencoder or as they are."""
+
+    _optional_components = ["vae"]
+
+    def register_latents(
+        self,
+        net: PatchUNet,
+        vae: Autoencoder | None,
+        latents_mean: list[float] | None,
+        latents_std: list[float] | None,
+    ) -> None:
+        """Check that network, autoencoder and statistics fit each other, and keep the statistics."""
+        channels = net.config.in_channels
+        latents_mean = latents_mean if latents_mean is not None else [0.0] * channels
+        latents_std = latents_std if latents_std is not None else [1.0] * channels
+        expected = vae.config.latent_channels if vae is not None else channels
+        if not len(latents_mean) == len(latents_std) == channels == expected:
+            raise ValueError(
+                f"the autoencoder has {expected} latent channels, the features take {channels}, the statistics have "
+                f"{len(latents_mean)}; use the autoencoder that the features were trained with"
+            )
+        if vae is not None:
+            freeze(vae)
+        self.register_to_config(latents_mean=list(latents_mean), latents_std=list(latents_std))
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+
+    @property
+    def net(self) -> PatchUNet:
+        """The network that moves particles."""
+        raise NotImplementedError
+
+    @property
+    @torch.no_grad()
+    def resolution(self) -> int:
+        """Side in pixels of the pictures."""
+        config = self.net.config
+        if self.vae is None:
+            return config.sample_size
+        zeros = torch.zeros(1, config.in_channels, config.sample_size, config.sample_size)
+        return decode_pixels(self.vae, zeros.to(self._execution_device)).shape[-1]
+
+    def initial_particles(self, batch_size: int, generator: object, latents: Tensor | None) -> Tensor:
+        """Standard normal particles in float32, or those given; ValueError if these have the wrong shape."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        config = self.net.config
+        shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"latents must have shape {shape}; got {tuple(latents.shape)}")
+        return latents.to(device=self._execution_device, dtype=torch.float32)
+
+    @torch.no_grad()
+    def encode(self, images_uint8: Tensor, chunk_size: int = 16) -> Tensor:
+        """Standardised particles (B, C, h, w), on the CPU, of pictures (B, 3, H, W): means of the posterior."""
+        particles = []
+        for chunk in to_pixels(images_uint8).split(chunk_size):
+            pixels = chunk.to(self._execution_device)
+            raw = pixels if self.vae is None else encode_moments(self.vae, pixels)[0]
+            particles.append(standardise(raw, self.config.latents_mean, self.config.latents_std).cpu())
+        return torch.cat(particles)
+
+    @torch.no_grad()
+    def decode(self, z: Tensor, output_type: OutputType = "pil", chunk_size: int | None = 64) -> Tensor | list:
+        """Pictures of standardised particles (B, C, h, w), `chunk_size` at a time."""
+        raw = unstandardise(z, self.config.latents_mean, self.config.latents_std)
+        if self.vae is not None:
+            raw = torch.cat([decode_pixels(self.vae, chunk) for chunk in raw.split(chunk_size or len(raw))])
+        return self.image_processor.postprocess(raw, output_type=output_type)
+
+    def output(self, z: Tensor, output_type: OutputType, chunk_size: int | None, return_dict: bool):
+        """What a call returns for its final particles."""
+        images = z if output_type == "latent" else self.decode(z, output_type, chunk_size)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def check_output_type(output_type: str) -> None:
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent'; got {output_type!r}")
+
+
+class LatentDMMDPipeline(LatentPipeline):
     """Unconditional generation by the noise-adaptive MMD gradient flow in the latent space of an autoencoder.
 
     Load a saved one with `LatentDMMDPipeline.from_pretrained(folder)`; nothing but safetensors and JSON is read.
@@ -37,7 +131,6 @@ class LatentDMMDPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "feature_net->vae"
-    _optional_components = ["vae"]
 
     def __init__(
         self,
@@ -48,20 +141,13 @@ class LatentDMMDPipeline(DiffusionPipeline):
         latents_std: list[float] | None = None,
     ) -> None:
         super().__init__()
-        channels = feature_net.config.in_channels
-        latents_mean = latents_mean if latents_mean is not None else [0.0] * channels
-        latents_std = latents_std if latents_std is not None else [1.0] * channels
-        expected = vae.config.latent_channels if vae is not None else channels
-        if not len(latents_mean) == len(latents_std) == channels == expected:
-            raise ValueError(
-                f"the autoencoder has {expected} latent channels, the features take {channels}, the statistics have "
-                f"{len(latents_mean)}; use the autoencoder that the features were trained with"
-            )
-        if vae is not None:
-            freeze(vae)
         self.register_modules(feature_net=feature_net, mean_embeddings=mean_embeddings, vae=vae)
-        self.register_to_config(latents_mean=list(latents_mean), latents_std=list(latents_std))
-        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+        self.register_latents(feature_net, vae, latents_mean, latents_std)
+
+    @property
+    def net(self) -> FeatureNet:
+        """φ."""
+        return self.feature_net
 
     @torch.no_grad()
     def __call__(
@@ -70,13 +156,14 @@ class LatentDMMDPipeline(DiffusionPipeline):
         num_noise_levels: int = 25,
         steps_per_level: int = 4,
         sampler: Sampler = "approximate",
+        num_inference_steps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         step_size: float | None = None,
         self_term: SelfTerm = "include",
         noise_injection: float = 0.0,
         chunk_size: int | None = 64,
-        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+        output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["LatentDMMDPipeline", int, float, dict], dict] | None = None,
     ) -> ImagePipelineOutput | tuple:
@@ -88,6 +175,7 @@ class LatentDMMDPipeline(DiffusionPipeline):
             steps_per_level: Gradient steps N_s at each.
             sampler: "approximate" (stored mean embeddings, independent particles), "exact" (mean embeddings of the
                 particles) or "hybrid" (exact for the last levels).
+            num_inference_steps: The number of evaluations, instead of levels and steps: as many levels as divide it.
             generator: Source of the initial noise, and of the injected; a list gives every picture its own.
             latents: Initial standardised particles, with shape (batch_size, C, h, w), instead of noise.
             step_size: A constant η instead of the calibrated one, and exact witnesses of the particles' own length: the
@@ -108,21 +196,13 @@ class LatentDMMDPipeline(DiffusionPipeline):
             ValueError: If an argument is out of range or `latents` has the wrong shape.
         """
         # 1. check
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent'; got {output_type!r}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
-        config = self.feature_net.config
-        shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
+        check_output_type(output_type)
+        if num_inference_steps is not None:
+            num_noise_levels, steps_per_level = steps_for_nfe(num_inference_steps, len(self.mean_embeddings.levels))
         steps = flow_schedule(self.mean_embeddings, sampler, num_noise_levels, steps_per_level, step_size)
 
         # 2. initial particles
-        device, dtype = self._execution_device, torch.float32
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"latents must have shape {shape}; got {tuple(latents.shape)}")
-        z = latents.to(device=device, dtype=dtype)
+        z = self.initial_particles(batch_size, generator, latents)
 
         # 3. flow
         levels = self.mean_embeddings.levels.tolist()
@@ -149,43 +229,100 @@ class LatentDMMDPipeline(DiffusionPipeline):
             )
 
         # 4. decode
-        images = z if output_type == "latent" else self.decode(z, output_type, chunk_size)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return self.output(z, output_type, chunk_size, return_dict)
+
+
+class LatentSchedulerPipeline(LatentPipeline):
+    """Unconditional generation by a diffusers scheduler: flow matching, DDPM, and MMD-GAN in one step.
+
+    Args:
+        network: Velocity v(x_t, t) or noise ε̂(x_t, t), for t in [0, 1].
+        scheduler: What moves the particles by it.
+        vae: The frozen autoencoder; None if particles are pixels in [-1, 1].
+        latents_mean: Mean of raw latents per channel, of length C.
+        latents_std: Standard deviation of raw latents per channel, of length C.
+    """
+
+    model_cpu_offload_seq = "network->vae"
+
+    def __init__(
+        self,
+        network: VelocityNet,
+        scheduler: FlowMatchEulerDiscreteScheduler | DDIMScheduler,
+        vae: Autoencoder | None = None,
+        latents_mean: list[float] | None = None,
+        latents_std: list[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(network=network, scheduler=scheduler, vae=vae)
+        self.register_latents(network, vae, latents_mean, latents_std)
 
     @property
-    @torch.no_grad()
-    def resolution(self) -> int:
-        """Side in pixels of the pictures."""
-        config = self.feature_net.config
-        if self.vae is None:
-            return config.sample_size
-        zeros = torch.zeros(1, config.in_channels, config.sample_size, config.sample_size)
-        return decode_pixels(self.vae, zeros.to(self._execution_device)).shape[-1]
+    def net(self) -> VelocityNet:
+        """The network."""
+        return self.network
 
     @torch.no_grad()
-    def encode(self, images_uint8: Tensor, chunk_size: int = 16) -> Tensor:
-        """Standardised particles (B, C, h, w), on the CPU, of pictures (B, 3, H, W): means of the posterior."""
-        particles = []
-        for chunk in to_pixels(images_uint8).split(chunk_size):
-            pixels = chunk.to(self._execution_device)
-            raw = pixels if self.vae is None else encode_moments(self.vae, pixels)[0]
-            particles.append(standardise(raw, self.config.latents_mean, self.config.latents_std).cpu())
-        return torch.cat(particles)
+    def __call__(
+        self,
+        batch_size: int = 1,
+        num_inference_steps: int = 50,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        chunk_size: int | None = 64,
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["LatentSchedulerPipeline", int, float, dict], dict] | None = None,
+    ) -> ImagePipelineOutput | tuple:
+        """Generate pictures; one evaluation of the network a step.
 
-    @torch.no_grad()
-    def decode(
-        self, z: Tensor, output_type: Literal["pil", "np", "pt"] = "pil", chunk_size: int | None = 64
-    ) -> Tensor | list:
-        """Pictures of standardised particles (B, C, h, w), `chunk_size` at a time."""
-        raw = unstandardise(z, self.config.latents_mean, self.config.latents_std)
-        if self.vae is not None:
-            raw = torch.cat([decode_pixels(self.vae, chunk) for chunk in raw.split(chunk_size or len(raw))])
-        return self.image_processor.postprocess(raw, output_type=output_type)
+        Args:
+            batch_size: Number of pictures.
+            num_inference_steps: Steps of the scheduler, the NFE.
+            generator: Source of the initial noise; a list gives every picture its own.
+            latents: Initial standardised particles, with shape (batch_size, C, h, w), instead of noise.
+            chunk_size: Particles that pass through the network or the decoder at once; all if None.
+            output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent": the final
+                standardised particles.
+            return_dict: Whether to return an `ImagePipelineOutput` rather than a tuple.
+            callback_on_step_end: Called as f(pipeline, step, t, {"latents": z}); may return {"latents": z'}.
+
+        Returns:
+            The pictures as `.images`.
+
+        Raises:
+            ValueError: If an argument is out of range or `latents` has the wrong shape.
+        """
+        check_output_type(output_type)
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1; got {num_inference_steps}")
+        z = self.initial_particles(batch_size, generator, latents)
+        if "sigmas" in inspect.signature(self.scheduler.set_timesteps).parameters:
+            # equal steps from 1 to 0; the scheduler's own end one early, at its smallest sigma
+            sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
+            self.scheduler.set_timesteps(sigmas=sigmas, device=z.device)
+        else:
+            self.scheduler.set_timesteps(num_inference_steps, device=z.device)
+        num_times = self.scheduler.config.num_train_timesteps
+        for i, time in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            t = (time / num_times).to(z)
+            prediction = torch.cat([self.network(chunk, t) for chunk in z.split(chunk_size or len(z))])
+            z = self.scheduler.step(prediction, time, z).prev_sample
+            if callback_on_step_end is not None:
+                returned = callback_on_step_end(self, i, t.item(), {"latents": z})
+                z = (returned or {}).get("latents", z)
+        return self.output(z, output_type, chunk_size, return_dict)
 
 
-def load_pipeline(folder: str | Path) -> LatentDMMDPipeline:
+PIPELINES = {cls.__name__: cls for cls in (LatentDMMDPipeline, LatentSchedulerPipeline)}
+
+
+def load_pipeline(folder: str | Path) -> LatentDMMDPipeline | LatentSchedulerPipeline:
     """A saved pipeline, on the GPU if there is one. Raises ValueError if there is none in the folder."""
-    if not (Path(folder) / "model_index.json").exists():
+    index = Path(folder) / "model_index.json"
+    if not index.exists():
         raise ValueError(f"no pipeline in {folder}; give the folder that training wrote, runs/NAME/pipeline")
-    return LatentDMMDPipeline.from_pretrained(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    name = json.loads(index.read_text()).get("_class_name")
+    if name not in PIPELINES:
+        raise ValueError(f"{folder} holds a {name}, not one of {', '.join(PIPELINES)}")
+    return PIPELINES[name].from_pretrained(folder).to("cuda" if torch.cuda.is_available() else "cpu")

@@ -9,12 +9,10 @@ import json
 import math
 import os
 import shutil
-import sys
 import time
 from copy import deepcopy
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
@@ -25,22 +23,27 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from latent_dmmd.config import Config, ConfigError, TrainingConfig, as_dict, differing_keys, save_config
-from latent_dmmd.data import LatentCache, PictureDataset, cache_latents, load_pictures
-from latent_dmmd.discrepancy import get_discrepancy
-from latent_dmmd.features import FeatureNet, MeanEmbeddings
-from latent_dmmd.flow import measure_embeddings
-from latent_dmmd.forward import get_forward_process
+from latent_dmmd.data import (
+    LatentCache,
+    PictureDataset,
+    PixelCache,
+    cache_latents,
+    cache_pixels,
+    keyed_generator,
+    load_pictures,
+)
 from latent_dmmd.latents import Autoencoder, encode_moments, load_autoencoder, reconstruct, to_uint8
-from latent_dmmd.objective import DMMD, Batch, Objective, RunningEmbeddings, WitnessMatching
+from latent_dmmd.methods import build_network, build_objective, build_pipeline
+from latent_dmmd.objective import Batch
 from latent_dmmd.pictures import labelled_grid, plot_losses
-from latent_dmmd.pipeline import LatentDMMDPipeline
-
-NUM_MEASURED_PAIRS = 128
+from latent_dmmd.pipeline import LatentDMMDPipeline, LatentPipeline
 
 
-def keyed_generator(*key: int) -> torch.Generator:
-    """A CPU generator seeded by all of its key."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+def resolved_precision(mixed_precision: str) -> str:
+    """What "auto" stands for here: bf16 on a GPU that has it; CPUs mostly emulate it."""
+    if mixed_precision != "auto":
+        return mixed_precision
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(False) else "no"
 
 
 def learning_rate_at(step: int, config: TrainingConfig, floor: float = 0.1) -> float:
@@ -61,61 +64,14 @@ def draw_batch(cache: LatentCache, config: TrainingConfig, num_noise_levels: int
     return Batch(x_0, level, eps, torch.rand(num_levels, num_pairs, generator=generator))
 
 
-def build_feature_net(config: Config, latent_shape: tuple[int, int, int]) -> FeatureNet:
-    """φ for particles of shape (C, h, w). Raises ConfigError if they are not square or do not fit the network."""
-    channels, height, width = latent_shape
-    net = config.feature_net
-    try:
-        if height != width:
-            raise ValueError(f"latents must be square; got {height}x{width}")
-        return FeatureNet(
-            sample_size=height,
-            in_channels=channels,
-            num_features=net.num_features,
-            patch_size=net.patch_size,
-            block_out_channels=tuple(net.block_out_channels),
-            layers_per_block=net.layers_per_block,
-            attention_levels=tuple(net.attention_levels),
-        )
-    except ValueError as error:
-        raise ConfigError(f"feature_net: {error}") from error
-
-
-def build_objective(config: Config, feature_net: FeatureNet, averaged_net: FeatureNet) -> Objective:
-    """The objective that the configuration names."""
-    options = config.objective
-    process = get_forward_process(options.forward_process)
-    discrepancy = get_discrepancy(**options.discrepancy_options())
-    if options.name == "dmmd":
-        return DMMD(
-            feature_net,
-            process,
-            options.num_noise_levels,
-            gradient_weight=options.gradient_weight,
-            gradient_center=options.gradient_center,
-            feature_weight=options.feature_weight,
-            discrepancy=discrepancy,
-        )
-    return WitnessMatching(
-        feature_net,
-        process,
-        options.num_noise_levels,
-        averaged_net=averaged_net,
-        mean_embeddings=options.mean_embeddings,
-        momentum=options.momentum,
-        refresh_every=options.refresh_every,
-        discrepancy=discrepancy,
-        num_points=options.num_points,
-        segment=options.segment,
-    )
-
-
 def prepare_run_folder(config: Config) -> Path:
     """Create the run folder. Raises ConfigError if it holds a run of another configuration, or foreign files."""
     folder = Path(config.output_dir)
     saved = folder / "config.yaml"
     if saved.exists():
         harmless = ("sampling.", "training.checkpoint", "training.log", "data.num_workers", "data.cache_dir")
+        if config.training.learning_rate_schedule == "constant":
+            harmless += ("training.num_steps",)  # nothing before depends on it
         changed = [name for name in differing_keys(config, saved) if not name.startswith(harmless)]
         if changed:
             raise ConfigError(f"{folder} holds a run with another {', '.join(changed)}; choose another --output_dir")
@@ -169,47 +125,6 @@ def check_tracker(name: str | None) -> None:
         raise ConfigError(f"training.log_with={name} is not installed: pip install {name}")
 
 
-@torch.no_grad()
-def embeddings_for_sampling(
-    objective: Objective, feature_net: FeatureNet, cache: LatentCache, config: Config, device: torch.device
-) -> MeanEmbeddings:
-    """The stored mean embeddings: the running ones where the objective keeps them, measured on the data otherwise."""
-    levels, options = objective.levels, config.objective
-    means_only = objective.discrepancy.needs_means_only
-    embeddings = MeanEmbeddings(
-        len(levels),
-        feature_net.config.num_features,
-        num_points=0 if means_only else options.num_points,
-        forward_process=options.forward_process,
-        discrepancy=options.discrepancy_options(),
-    ).to(device)
-    embeddings.levels.copy_(levels)
-    embeddings.displacement.copy_(objective.process.displacement(levels))
-    source = getattr(objective, "source", None)
-    if isinstance(source, RunningEmbeddings) and source.num_updates.all():
-        embeddings.clean.copy_(source.clean)
-        embeddings.noisy.copy_(source.noisy)
-        norms = [embeddings.at_level(k).stored.norm() for k in range(len(levels))]
-        embeddings.gradient_scale.copy_(objective.gradient_length() / torch.stack(norms))
-        return embeddings
-
-    still = []
-    num_pairs = NUM_MEASURED_PAIRS if means_only else options.num_points
-    for k in tqdm(range(len(levels)), desc="mean embeddings", unit="level"):
-        generator, pairs = keyed_generator(config.training.seed, 0, k), []
-        for size in torch.arange(num_pairs).split(32):
-            x_0 = cache.draw(len(size), generator)
-            eps = torch.randn(x_0.shape, generator=generator)
-            x_t = objective.process.sample(x_0, levels[k].cpu().expand(len(x_0)), eps)
-            pairs.append((x_0.to(device), x_t.to(device)))
-        clean, noisy, scale = measure_embeddings(feature_net, pairs, levels[k], objective.discrepancy)
-        embeddings.clean[k], embeddings.noisy[k], embeddings.gradient_scale[k] = clean, noisy, scale
-        still += [f"{levels[k].item():.2f}"] if scale == 0 else []
-    if still:
-        print(f"the witness does not point towards the data at t = {', '.join(still)}: train longer", file=sys.stderr)
-    return embeddings
-
-
 def train(config: Config) -> Path:
     """Train φ and write the run folder.
 
@@ -228,41 +143,37 @@ def train(config: Config) -> Path:
     options = config.training
     check_tracker(options.log_with)
     accelerator = Accelerator(
-        mixed_precision=options.mixed_precision, log_with=options.log_with, project_dir=config.output_dir
+        mixed_precision=resolved_precision(options.mixed_precision),
+        log_with=options.log_with,
+        project_dir=config.output_dir,
     )
     device = accelerator.device
     if device.type == "cpu" and accelerator.num_processes == 1:
         use_all_cores()
-    vae = load_autoencoder(config.autoencoder.name_or_path, device)
+    name = config.autoencoder.name_or_path
+    vae = load_autoencoder(name, device) if name else None
     pictures = load_pictures(config.data.name_or_path, config.data.resolution, config.data.image_column)
-    latent_shape = tuple(probe_latents(vae, config.data.resolution).shape[1:])
+    resolution = config.data.resolution
+    shape = tuple(probe_latents(vae, resolution).shape[1:]) if vae else (3, resolution, resolution)
     set_seed(options.seed)
-    feature_net = build_feature_net(config, latent_shape)
+    network = build_network(config, shape)
     with accelerator.main_process_first():
         folder = prepare_run_folder(config)
     resume_from = checkpoint_to_resume(config, folder)
 
     # load
-    cache = cache_latents(
-        vae,
-        pictures,
-        config.data.cache_dir,
-        horizontal_flip=config.data.horizontal_flip,
-        on_bad_image=config.data.on_bad_image,
-        batch_size=config.autoencoder.batch_size,
-        num_workers=config.data.num_workers,
-    )
+    cache = load_particles(vae, pictures, config)
     if cache.skipped:
         accelerator.print(f"skipped {len(cache.skipped)} unreadable pictures: {', '.join(cache.skipped[:5])} …")
     if accelerator.is_main_process:
         save_config(config, folder / "config.yaml")
 
     # build
-    averaged_net = deepcopy(feature_net).to(device).eval().requires_grad_(False)
-    objective = build_objective(config, feature_net, averaged_net)
-    optimizer = torch.optim.Adam(feature_net.parameters(), lr=options.learning_rate, betas=(0.9, 0.99))
+    averaged_net = deepcopy(network).to(device).eval().requires_grad_(False)
+    objective = build_objective(config, network, averaged_net)
+    optimizer = torch.optim.Adam(network.parameters(), lr=options.learning_rate, betas=(0.9, 0.99))
     objective, optimizer = accelerator.prepare(objective, optimizer)
-    ema = EMAModel(feature_net.parameters(), decay=options.ema_decay, use_ema_warmup=True, power=0.75)
+    ema = EMAModel(network.parameters(), decay=options.ema_decay, use_ema_warmup=True, power=0.75)
     ema.to(device)
     accelerator.register_for_checkpointing(ema)
     first_step = 0
@@ -274,6 +185,7 @@ def train(config: Config) -> Path:
         accelerator.init_trackers("latent_dmmd")
 
     # train
+    floor = 1.0 if options.learning_rate_schedule == "constant" else 0.1
     metrics = MetricsFile(folder / "metrics.jsonl", first_step, accelerator.is_main_process)
     progress = tqdm(
         range(first_step, options.num_steps),
@@ -286,20 +198,20 @@ def train(config: Config) -> Path:
         batch = draw_batch(cache, options, config.objective.num_noise_levels, accelerator.process_index, step)
         ema.copy_to(averaged_net.parameters())
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, options)
+            group["lr"] = learning_rate_at(step, options, floor)
         terms = objective(Batch(*(tensor.to(device) for tensor in batch)))
         accelerator.backward(terms.total)
-        norm = accelerator.clip_grad_norm_(feature_net.parameters(), options.max_grad_norm)
+        norm = accelerator.clip_grad_norm_(network.parameters(), options.max_grad_norm)
         check_finite(step, terms.named, terms.total, norm)
         optimizer.step()
         optimizer.zero_grad()
-        ema.step(feature_net.parameters())
+        ema.step(network.parameters())
 
         done = step + 1
         if done % options.log_every == 0 or done == options.num_steps:
             figures = {name: accelerator.reduce(value, "mean").item() for name, value in terms.named.items()}
             progress.set_postfix({name: f"{value:.3g}" for name, value in figures.items()})
-            figures |= {"grad_norm": float(norm), "learning_rate": learning_rate_at(step, options)}
+            figures |= {"grad_norm": float(norm), "learning_rate": learning_rate_at(step, options, floor)}
             metrics.write({"step": done, **figures})
             accelerator.log(figures, step=done)
         if done % options.checkpointing_steps == 0 or done == options.num_steps:
@@ -308,15 +220,28 @@ def train(config: Config) -> Path:
     # finish
     if accelerator.is_main_process:
         ema.copy_to(averaged_net.parameters())
-        embeddings = embeddings_for_sampling(accelerator.unwrap_model(objective), averaged_net, cache, config, device)
-        pipeline = LatentDMMDPipeline(
-            averaged_net, embeddings, vae, cache.channel_mean.tolist(), cache.channel_std.tolist()
-        )
+        pipeline = build_pipeline(config, accelerator.unwrap_model(objective), averaged_net, vae, cache, device)
         save_pipeline(pipeline, config, folder / "pipeline", len(cache))
         write_samples(pipeline, pictures, cache.skipped, config, folder)
         plot_losses(folder / "metrics.jsonl", folder / "losses.png")
     accelerator.end_training()
     return folder
+
+
+def load_particles(vae: Autoencoder | None, pictures: PictureDataset, config: Config) -> LatentCache | PixelCache:
+    """The data as particles: encoded pictures, or pixels without an autoencoder."""
+    options = config.data
+    if vae is None:
+        return cache_pixels(pictures, options.horizontal_flip, options.on_bad_image)
+    return cache_latents(
+        vae,
+        pictures,
+        options.cache_dir,
+        horizontal_flip=options.horizontal_flip,
+        on_bad_image=options.on_bad_image,
+        batch_size=config.autoencoder.batch_size,
+        num_workers=options.num_workers,
+    )
 
 
 @torch.no_grad()
@@ -358,7 +283,7 @@ class MetricsFile:
             file.write(json.dumps({**figures, "seconds": seconds}) + "\n")
 
 
-def save_pipeline(pipeline: LatentDMMDPipeline, config: Config, folder: Path, num_pictures: int) -> None:
+def save_pipeline(pipeline: LatentPipeline, config: Config, folder: Path, num_pictures: int) -> None:
     """Save a pipeline with its model card, aside and renamed."""
     aside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
@@ -407,26 +332,28 @@ image = pipe().images[0]
 
 
 def write_samples(
-    pipeline: LatentDMMDPipeline, pictures: PictureDataset, skipped: tuple[str, ...], config: Config, folder: Path
+    pipeline: LatentPipeline, pictures: PictureDataset, skipped: tuple[str, ...], config: Config, folder: Path
 ) -> None:
     """`samples.png`: generated pictures above real ones, none of the skipped, and their reconstructions."""
     options = config.sampling
     pipeline.set_progress_bar_config(desc="sampling")
-    generated = pipeline(
-        batch_size=options.num_images,
-        num_noise_levels=options.num_noise_levels,
-        steps_per_level=options.steps_per_level,
-        sampler=options.sampler,
-        generator=torch.Generator().manual_seed(options.seed),
-        output_type="pt",
-    ).images
+    nfe = options.num_noise_levels * options.steps_per_level
+    how = dict(num_inference_steps=nfe)
+    if isinstance(pipeline, LatentDMMDPipeline):
+        how = {name: getattr(options, name) for name in ("num_noise_levels", "steps_per_level", "sampler")}
+    elif config.objective.name == "mmd-gan":
+        how = dict(num_inference_steps=1)
+    generator = torch.Generator().manual_seed(options.seed)
+    generated = pipeline(batch_size=options.num_images, generator=generator, output_type="pt", **how).images
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(options.seed)).tolist()
     readable = [i for i in order if pictures.names[i] not in skipped]
     real = torch.stack([pictures[i] for i in readable[:8]])
-    nfe = options.num_noise_levels * options.steps_per_level
     rows = {
-        f"generated ({options.sampler}, {nfe} NFE)": to_uint8(generated.cpu() * 2 - 1),
+        f"generated ({how.get('sampler', config.objective.name)}, {how.get('num_inference_steps', nfe)} NFE)": to_uint8(
+            generated.cpu() * 2 - 1
+        ),
         "real": real,
-        "real, through the autoencoder": reconstruct(pipeline.vae, real),
     }
+    if pipeline.vae is not None:
+        rows["real, through the autoencoder"] = reconstruct(pipeline.vae, real)
     labelled_grid(rows).save(folder / "samples.png")

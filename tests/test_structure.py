@@ -20,6 +20,7 @@ ORDER = [
     "pipeline",
     "pictures",
     "config",
+    "methods",
     "training",
     "evaluation",
     "autoencoder",

@@ -12,6 +12,7 @@ from PIL import Image
 
 from latent_dmmd import LatentDMMDPipeline
 from latent_dmmd.config import Config, ConfigError, parse_config
+from latent_dmmd.pipeline import load_pipeline
 from latent_dmmd.training import draw_batch, learning_rate_at, train
 
 ROOT = Path(__file__).parents[1]
@@ -110,6 +111,57 @@ def test_every_discrepancy_and_process_trains_and_samples(arguments, tmp_path, e
         z = pipe(sampler=sampler, generator=torch.Generator().manual_seed(0), **options).images
         still = pipe(sampler=sampler, generator=torch.Generator().manual_seed(0), step_size=1e-9, **options).images
         assert z.isfinite().all() and (z - still).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    "method, term", [("flow-matching", "cosine"), ("ddpm", "noise_prediction"), ("mmd-gan", "mmd2")]
+)
+@pytest.mark.parametrize("space", ["latent", "pixel"])
+def test_baselines_train_and_sample_by_one_key(arguments, method, term, space):
+    extra = ["--objective.name", method]
+    if space == "pixel":
+        extra += ["--autoencoder.name_or_path", "null", "--feature_net.patch_size", "8"]
+    folder = train(parse_config(Config, [*arguments, *extra]))
+    line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert term in line and all(math.isfinite(value) for value in line.values())
+    pipe = load_pipeline(folder / "pipeline")
+    assert (pipe.vae is None) == (space == "pixel") and pipe.resolution == 32
+    draws = [
+        pipe(
+            batch_size=3, num_inference_steps=n, generator=torch.Generator().manual_seed(0), output_type="latent"
+        ).images
+        for n in (1, 4)
+    ]
+    assert all(z.isfinite().all() and z.shape[0] == 3 for z in draws) and not torch.equal(*draws)
+
+
+def test_pixel_dmmd_with_the_squared_norm(arguments):
+    extra = [
+        "--autoencoder.name_or_path",
+        "null",
+        "--feature_net.patch_size",
+        "16",
+        "--feature_net.squared_norm",
+        "true",
+    ]
+    folder = train(parse_config(Config, [*arguments, *extra]))
+    pipe = load_pipeline(folder / "pipeline")
+    assert pipe.feature_net.config.squared_norm and pipe.feature_net.norm_gate.weight.abs().sum() > 0
+    assert pipe(batch_size=2, num_inference_steps=4, output_type="pt").images.shape == (2, 3, 32, 32)
+
+
+def test_a_finished_run_goes_on_at_a_constant_learning_rate(arguments, tmp_path):
+    """6 steps, then 3 more, are 9 steps: bitwise; not so with a cosine, which says so."""
+    constant = [*arguments, "--training.learning_rate_schedule", "constant"]
+    train(parse_config(Config, constant))
+    longer = train(parse_config(Config, [*constant, "--training.num_steps", "9"]))
+    whole = [*constant, "--training.num_steps", "9", "--output_dir", str(tmp_path / "whole")]
+    for a, b in zip(weights(longer).values(), weights(train(parse_config(Config, whole))).values()):
+        assert torch.equal(a, b)
+    cosine = [*arguments, "--output_dir", str(tmp_path / "cosine")]
+    train(parse_config(Config, cosine))
+    with pytest.raises(ConfigError, match="another training.num_steps"):
+        train(parse_config(Config, [*cosine, "--training.num_steps", "9"]))
 
 
 def test_skipped_pictures_are_not_shown_either(arguments, tiny_pictures):

@@ -1,0 +1,142 @@
+"""From a configuration to a network, an objective and a pipeline: DMMD and what it is compared with, one code path."""
+
+import sys
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from torch import nn
+from tqdm.auto import tqdm
+
+from latent_dmmd.baselines import DDPM, MMDGAN, FlowMatching, GeneratorAndCritic, VelocityNet
+from latent_dmmd.config import Config, ConfigError
+from latent_dmmd.data import LatentCache, PixelCache, keyed_generator
+from latent_dmmd.discrepancy import get_discrepancy
+from latent_dmmd.features import FeatureNet, MeanEmbeddings
+from latent_dmmd.flow import measure_embeddings
+from latent_dmmd.forward import get_forward_process
+from latent_dmmd.latents import Autoencoder
+from latent_dmmd.objective import DMMD, Objective, RunningEmbeddings, WitnessMatching
+from latent_dmmd.pipeline import LatentDMMDPipeline, LatentPipeline, LatentSchedulerPipeline
+
+NUM_MEASURED_PAIRS = 128
+
+
+def build_network(config: Config, shape: tuple[int, int, int]) -> nn.Module:
+    """What is trained on particles of shape (C, h, w). Raises ConfigError if they are not square or do not fit it."""
+    channels, height, width = shape
+    net = config.feature_net
+    sizes = dict(
+        sample_size=height,
+        in_channels=channels,
+        patch_size=net.patch_size,
+        block_out_channels=tuple(net.block_out_channels),
+        layers_per_block=net.layers_per_block,
+        attention_levels=tuple(net.attention_levels),
+    )
+    features = dict(num_features=net.num_features, squared_norm=net.squared_norm)
+    try:
+        if height != width:
+            raise ValueError(f"latents must be square; got {height}x{width}")
+        if config.objective.name in ("flow-matching", "ddpm"):
+            return VelocityNet(**sizes)
+        if config.objective.name == "mmd-gan":
+            return GeneratorAndCritic(VelocityNet(**sizes), FeatureNet(**sizes, **features))
+        return FeatureNet(**sizes, **features)
+    except ValueError as error:
+        raise ConfigError(f"feature_net: {error}") from error
+
+
+def build_objective(config: Config, network: nn.Module, averaged_net: nn.Module) -> Objective:
+    """The objective that the configuration names."""
+    options = config.objective
+    common = (network, get_forward_process(options.forward_process), options.num_noise_levels)
+    discrepancy = get_discrepancy(**options.discrepancy_options())
+    penalty = dict(gradient_weight=options.gradient_weight, gradient_center=options.gradient_center)
+    if options.name == "flow-matching":
+        return FlowMatching(*common)
+    if options.name == "ddpm":
+        return DDPM(*common)
+    if options.name == "mmd-gan":
+        return MMDGAN(*common, **penalty, discrepancy=discrepancy)
+    if options.name == "dmmd":
+        return DMMD(*common, **penalty, feature_weight=options.feature_weight, discrepancy=discrepancy)
+    return WitnessMatching(
+        *common,
+        averaged_net=averaged_net,
+        mean_embeddings=options.mean_embeddings,
+        momentum=options.momentum,
+        refresh_every=options.refresh_every,
+        discrepancy=discrepancy,
+        num_points=options.num_points,
+        segment=options.segment,
+    )
+
+
+def build_pipeline(
+    config: Config,
+    objective: Objective,
+    averaged_net: nn.Module,
+    vae: Autoencoder | None,
+    cache: LatentCache | PixelCache,
+    device: torch.device,
+) -> LatentPipeline:
+    """The pipeline of a trained network, whose averaged weights it uses."""
+    latents = dict(vae=vae, latents_mean=cache.channel_mean.tolist(), latents_std=cache.channel_std.tolist())
+    name = config.objective.name
+    if name == "flow-matching":
+        return LatentSchedulerPipeline(averaged_net, FlowMatchEulerDiscreteScheduler(), **latents)
+    if name == "mmd-gan":
+        return LatentSchedulerPipeline(averaged_net.generator, FlowMatchEulerDiscreteScheduler(), **latents)
+    if name == "ddpm":
+        # particles leave [-1, 1]; "trailing" spacing starts at the last time, where particles are noise
+        options = dict(clip_sample=False, timestep_spacing="trailing")
+        return LatentSchedulerPipeline(
+            averaged_net, DDIMScheduler.from_config(DDPMScheduler().config, **options), **latents
+        )
+    embeddings = embeddings_for_sampling(objective, averaged_net, cache, config, device)
+    return LatentDMMDPipeline(averaged_net, embeddings, **latents)
+
+
+@torch.no_grad()
+def embeddings_for_sampling(
+    objective: Objective,
+    feature_net: FeatureNet,
+    cache: LatentCache | PixelCache,
+    config: Config,
+    device: torch.device,
+) -> MeanEmbeddings:
+    """The stored mean embeddings: the running ones where the objective keeps them, measured on the data otherwise."""
+    levels, options = objective.levels, config.objective
+    means_only = objective.discrepancy.needs_means_only
+    embeddings = MeanEmbeddings(
+        len(levels),
+        feature_net.config.num_features,
+        num_points=0 if means_only else options.num_points,
+        forward_process=options.forward_process,
+        discrepancy=options.discrepancy_options(),
+    ).to(device)
+    embeddings.levels.copy_(levels)
+    embeddings.displacement.copy_(objective.process.displacement(levels))
+    source = getattr(objective, "source", None)
+    if isinstance(source, RunningEmbeddings) and source.num_updates.all():
+        embeddings.clean.copy_(source.clean)
+        embeddings.noisy.copy_(source.noisy)
+        norms = [embeddings.at_level(k).stored.norm() for k in range(len(levels))]
+        embeddings.gradient_scale.copy_(objective.gradient_length() / torch.stack(norms))
+        return embeddings
+
+    still = []
+    num_pairs = NUM_MEASURED_PAIRS if means_only else options.num_points
+    for k in tqdm(range(len(levels)), desc="mean embeddings", unit="level"):
+        generator, pairs = keyed_generator(config.training.seed, 0, k), []
+        for size in torch.arange(num_pairs).split(32):
+            x_0 = cache.draw(len(size), generator)
+            eps = torch.randn(x_0.shape, generator=generator)
+            x_t = objective.process.sample(x_0, levels[k].cpu().expand(len(x_0)), eps)
+            pairs.append((x_0.to(device), x_t.to(device)))
+        clean, noisy, scale = measure_embeddings(feature_net, pairs, levels[k], objective.discrepancy)
+        embeddings.clean[k], embeddings.noisy[k], embeddings.gradient_scale[k] = clean, noisy, scale
+        still += [f"{levels[k].item():.2f}"] if scale == 0 else []
+    if still:
+        print(f"the witness does not point towards the data at t = {', '.join(still)}: train longer", file=sys.stderr)
+    return embeddings
