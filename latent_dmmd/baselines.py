@@ -41,6 +41,7 @@ class VelocityNet(PatchUNet):
         layers_per_block: Residual blocks a level, on the way down and again on the way up.
         attention_levels: Whether a level has attention, for each level.
         num_groups: Groups of the normalisation.
+        conv_in_kernel: Side of the first convolution in patches; 1 is a plain patch embedding.
 
     Raises:
         ValueError: If the sizes do not fit each other.
@@ -56,6 +57,7 @@ class VelocityNet(PatchUNet):
         layers_per_block: int = 2,
         attention_levels: tuple[bool, ...] = (False, True),
         num_groups: int = 8,
+        conv_in_kernel: int = 3,
     ) -> None:
         out_channels = in_channels * patch_size**2
         super().__init__(
@@ -67,6 +69,7 @@ class VelocityNet(PatchUNet):
             layers_per_block,
             attention_levels,
             num_groups,
+            conv_in_kernel,
         )
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -166,6 +169,25 @@ class MMDGAN(DMMD):
     def features(self, x: Tensor, level: Tensor, net: nn.Module | None = None) -> Tensor:
         """φ at noise level 0, whatever `level`: (1, B, C, H, W) to (1, B, F)."""
         return (net or self.feature_net)(x.flatten(0, 1), torch.zeros(()).to(x)).unflatten(0, x.shape[:2])
+
+
+class GaussianFit:
+    """A Gaussian fitted to particles: what anything worth the name must beat.
+
+    Args:
+        particles: With shape (N, C, H, W), N ≥ 2.
+    """
+
+    def __init__(self, particles: Tensor) -> None:
+        self.shape, rows = particles.shape[1:], particles.flatten(1).double()
+        self.mean = rows.mean(0)
+        # of the covariance over N − 1, by its N rows: D may be large
+        self.factor = (rows - self.mean) / (len(rows) - 1) ** 0.5
+
+    def draw(self, num_particles: int, generator: torch.Generator) -> Tensor:
+        """Draws in float32, with shape (num_particles, C, H, W)."""
+        z = torch.randn(num_particles, len(self.factor), generator=generator, dtype=torch.float64)
+        return (self.mean + z @ self.factor).float().unflatten(1, self.shape)
 
 
 @torch.no_grad()

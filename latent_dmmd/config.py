@@ -85,6 +85,7 @@ class FeatureNetConfig:
         block_out_channels: Width at each level.
         layers_per_block: Residual blocks a level, on the way down and on the way up.
         attention_levels: Whether each level has attention.
+        conv_in_kernel: Side of the first convolution in patches, odd; 1 is a plain patch embedding.
         squared_norm: Whether features see the squared norm of their input, for patches with more numbers than features.
     """
 
@@ -93,6 +94,7 @@ class FeatureNetConfig:
     block_out_channels: list[int] = field(default_factory=lambda: [96, 128])
     layers_per_block: int = 2
     attention_levels: list[bool] = field(default_factory=lambda: [False, True])
+    conv_in_kernel: int = 3
     squared_norm: bool = False
 
     def __post_init__(self) -> None:
@@ -101,6 +103,10 @@ class FeatureNetConfig:
         check(
             bool(self.block_out_channels) and min(self.block_out_channels) > 0,
             f"feature_net.block_out_channels must be positive widths; got {self.block_out_channels}",
+        )
+        check(
+            self.conv_in_kernel % 2 == 1 and self.conv_in_kernel > 0,
+            f"feature_net.conv_in_kernel must be odd; got {self.conv_in_kernel}",
         )
         check(
             len(self.attention_levels) == len(self.block_out_channels),

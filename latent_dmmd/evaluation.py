@@ -322,6 +322,59 @@ def frechet_distance(features_1: Tensor, features_2: Tensor) -> float:
     return fid_statistics_to_metric(statistics_1, statistics_2, verbose=False)[KEY_METRIC_FID]
 
 
+def score_features(
+    features: Tensor, features_real: Tensor, kid_subset_size: int | None = None, seed: int = 0
+) -> dict[str, float]:
+    """The scores that compare two sets of features, (N, d) generated and (M, d) real.
+
+    Args:
+        features: Of generated pictures.
+        features_real: Of real ones.
+        kid_subset_size: As for `evaluate`.
+        seed: Seed of the subsets of KID.
+
+    Returns:
+        `frechet_distance`, `kid_mean`, `kid_std`, `precision` and `recall`.
+    """
+    n = min(len(features), len(features_real))
+    kid = kid_features_to_metric(
+        features,
+        features_real,
+        kid_subsets=NUM_KID_SUBSETS,
+        kid_subset_size=min(1000, n // 2) if kid_subset_size is None else kid_subset_size,
+        rng_seed=seed,
+        verbose=False,
+    )
+    # torch-fidelity takes the generated set first
+    prc = prc_features_to_metric(features, features_real, prc_neighborhood=NUM_NEIGHBOURS, verbose=False)
+    return {
+        "frechet_distance": frechet_distance(features, features_real),
+        "kid_mean": kid[KEY_METRIC_KID_MEAN],
+        "kid_std": kid[KEY_METRIC_KID_STD],
+        "precision": prc[KEY_METRIC_PRECISION],
+        "recall": prc[KEY_METRIC_RECALL],
+    }
+
+
+def nearest(features: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Euclidean distance to the nearest of `others` (M, d) and its index, for each of `features` (N, d)."""
+    distances, index = torch.cdist(features.double(), others.double()).min(1)
+    return distances, index
+
+
+def memorised_share(features: Tensor, training: Tensor, heldout: Tensor, quantile: float = 0.01) -> float:
+    """The share of generated pictures that are nearer to a training picture than 99 % of held-out pictures are.
+
+    Args:
+        features: Of generated pictures, with shape (N, d).
+        training: Of the training pictures, with shape (M, d).
+        heldout: Of real pictures that were not trained on, with shape (K, d): the yardstick.
+        quantile: Share of the held-out pictures that counts as too near, in [0, 1].
+    """
+    threshold = nearest(heldout, training)[0].quantile(quantile)
+    return (nearest(features, training)[0] < threshold).double().mean().item()
+
+
 def evaluate(
     generated: Pictures,
     reference: Pictures,
@@ -388,31 +441,18 @@ def evaluate(
         features_reconstructed, _ = extract_features(reconstructions, net, batch_size)
         reconstruction_distance = frechet_distance(features_reconstructed, features_real)
 
-    kid = kid_features_to_metric(
-        features,
-        features_real,
-        kid_subsets=NUM_KID_SUBSETS,
-        kid_subset_size=kid_subset_size,
-        rng_seed=seed,
-        verbose=False,
-    )
-    # torch-fidelity takes the generated set first
-    prc = prc_features_to_metric(features, features_real, prc_neighborhood=NUM_NEIGHBOURS, verbose=False)
+    scores = score_features(features, features_real, kid_subset_size=kid_subset_size, seed=seed)
     # an empty split would score NaN
     score = isc_features_to_metric(logits, splits=min(NUM_SCORE_SPLITS, n_generated), rng_seed=seed)
     return Evaluation(
         extractor=extractor,
         n_generated=n_generated,
         n_reference=n_reference,
-        frechet_distance=frechet_distance(features, features_real),
+        **scores,
         floor_distance=frechet_distance(*features_floor.split(n_floor)),
         n_floor=n_floor,
         reconstruction_distance=reconstruction_distance,
-        kid_mean=kid[KEY_METRIC_KID_MEAN],
-        kid_std=kid[KEY_METRIC_KID_STD],
         kid_subset_size=kid_subset_size,
-        precision=prc[KEY_METRIC_PRECISION],
-        recall=prc[KEY_METRIC_RECALL],
         inception_style_score_mean=score[KEY_METRIC_ISC_MEAN],
         inception_style_score_std=score[KEY_METRIC_ISC_STD],
         seed=seed,

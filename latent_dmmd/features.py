@@ -86,6 +86,7 @@ class PatchUNet(ModelMixin, ConfigMixin):
         layers_per_block: Residual blocks a level, on the way down and again on the way up.
         attention_levels: Whether a level has attention, for each level.
         num_groups: Groups of the normalisation.
+        conv_in_kernel: Side of the first convolution in patches; 1 is a plain patch embedding.
 
     Raises:
         ValueError: If the sizes do not fit each other.
@@ -103,6 +104,7 @@ class PatchUNet(ModelMixin, ConfigMixin):
         layers_per_block: int,
         attention_levels: tuple[bool, ...],
         num_groups: int,
+        conv_in_kernel: int = 3,
     ) -> None:
         super().__init__()
         num_levels = len(block_out_channels)
@@ -116,7 +118,7 @@ class PatchUNet(ModelMixin, ConfigMixin):
         self.embedding_dim = 2 * block_out_channels[0]
         self.patch_dim = in_channels * patch_size**2
         self.time_embedding = TimeEmbedding(self.embedding_dim)
-        self.conv_in = nn.Conv2d(self.patch_dim, block_out_channels[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(self.patch_dim, block_out_channels[0], conv_in_kernel, padding="same")
 
         def level(channels: int, attention: bool, previous: int | None = None) -> nn.ModuleList:
             inputs = [previous or channels] + [channels] * (layers_per_block - 1)
@@ -199,6 +201,7 @@ class FeatureNet(PatchUNet):
         layers_per_block: Residual blocks a level, on the way down and again on the way up.
         attention_levels: Whether a level has attention, for each level.
         num_groups: Groups of the normalisation.
+        conv_in_kernel: Side of the first convolution in patches; 1 is a plain patch embedding.
         squared_norm: Whether features see the squared norm of the whole input.
 
     Raises:
@@ -216,6 +219,7 @@ class FeatureNet(PatchUNet):
         layers_per_block: int = 2,
         attention_levels: tuple[bool, ...] = (False, True),
         num_groups: int = 8,
+        conv_in_kernel: int = 3,
         squared_norm: bool = False,
     ) -> None:
         super().__init__(
@@ -227,6 +231,7 @@ class FeatureNet(PatchUNet):
             layers_per_block,
             attention_levels,
             num_groups,
+            conv_in_kernel,
         )
         self.lift = nn.Conv2d(self.patch_dim, num_features, 1)
         self.gate = nn.Linear(block_out_channels[-1] + self.embedding_dim, num_features)

@@ -32,6 +32,7 @@ def build_network(config: Config, shape: tuple[int, int, int]) -> nn.Module:
         block_out_channels=tuple(net.block_out_channels),
         layers_per_block=net.layers_per_block,
         attention_levels=tuple(net.attention_levels),
+        conv_in_kernel=net.conv_in_kernel,
     )
     features = dict(num_features=net.num_features, squared_norm=net.squared_norm)
     try:

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from diffusers.utils import is_tensorboard_available, is_wandb_available
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from latent_dmmd.config import Config, ConfigError, TrainingConfig, as_dict, differing_keys, save_config
@@ -34,7 +34,7 @@ from latent_dmmd.data import (
 )
 from latent_dmmd.latents import Autoencoder, encode_moments, load_autoencoder, reconstruct, to_uint8
 from latent_dmmd.methods import build_network, build_objective, build_pipeline
-from latent_dmmd.objective import Batch
+from latent_dmmd.objective import Batch, Terms
 from latent_dmmd.pictures import labelled_grid, plot_losses
 from latent_dmmd.pipeline import LatentDMMDPipeline, LatentPipeline
 
@@ -53,7 +53,9 @@ def learning_rate_at(step: int, config: TrainingConfig, floor: float = 0.1) -> f
     return config.learning_rate * warmup * (floor + (1 - floor) * cosine)
 
 
-def draw_batch(cache: LatentCache, config: TrainingConfig, num_noise_levels: int, rank: int, step: int) -> Batch:
+def draw_batch(
+    cache: LatentCache | PixelCache, config: TrainingConfig, num_noise_levels: int, rank: int, step: int
+) -> Batch:
     """The batch of one step on one rank; the levels are stratified over the grid and the same on every rank."""
     num_levels, num_pairs = config.levels_per_step, config.pairs_per_level
     strata = torch.arange(num_levels) + torch.rand(num_levels, generator=keyed_generator(config.seed, 0, step))
@@ -94,7 +96,13 @@ def checkpoint_to_resume(config: Config, folder: Path) -> Path | None:
         if not Path(wanted).is_dir():
             raise ConfigError(f"no checkpoint {wanted}; pass a checkpoint folder or 'latest'")
         return Path(wanted)
-    return next(reversed(checkpoints_in(folder)), None)
+    latest = next(reversed(checkpoints_in(folder)), None)
+    if latest is not None and int(latest.name.split("-")[1]) > config.training.num_steps:
+        raise ConfigError(
+            f"{folder} has already been trained longer, see {latest.name}; raise training.num_steps or choose another "
+            "--output_dir"
+        )
+    return latest
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, limit: int) -> None:
@@ -123,6 +131,58 @@ def check_tracker(name: str | None) -> None:
     available = {None: True, "tensorboard": is_tensorboard_available(), "wandb": is_wandb_available()}
     if not available[name]:
         raise ConfigError(f"training.log_with={name} is not installed: pip install {name}")
+
+
+class Trainer:
+    """Network, averaged network, objective and optimiser of a configuration, and one step of them.
+
+    Args:
+        config: What to train.
+        shape: Shape (C, h, w) of the particles.
+        accelerator: Devices, ranks and precision.
+
+    Raises:
+        ConfigError: If the network does not fit the particles.
+    """
+
+    def __init__(self, config: Config, shape: tuple[int, int, int], accelerator: Accelerator) -> None:
+        self.config, self.accelerator, options = config, accelerator, config.training
+        set_seed(options.seed)
+        self.network = build_network(config, shape)
+        self.averaged_net = deepcopy(self.network).to(accelerator.device).eval().requires_grad_(False)
+        objective = build_objective(config, self.network, self.averaged_net)
+        optimizer = torch.optim.Adam(self.network.parameters(), lr=options.learning_rate, betas=(0.9, 0.99))
+        self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.ema = EMAModel(self.network.parameters(), decay=options.ema_decay, use_ema_warmup=True, power=0.75)
+        self.ema.to(accelerator.device)
+        accelerator.register_for_checkpointing(self.ema)
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        options = self.config.training
+        return learning_rate_at(step, options, floor=1.0 if options.learning_rate_schedule == "constant" else 0.1)
+
+    def step(self, step: int, cache: LatentCache | PixelCache) -> tuple[Terms, Tensor]:
+        """One optimiser step: its loss and the norm of its gradient. Raises FloatingPointError, before the update."""
+        options, device = self.config.training, self.accelerator.device
+        num_noise_levels, rank = self.config.objective.num_noise_levels, self.accelerator.process_index
+        batch = draw_batch(cache, options, num_noise_levels, rank, step)
+        self.averaged()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        terms = self.objective(Batch(*(tensor.to(device) for tensor in batch)))
+        self.accelerator.backward(terms.total)
+        norm = self.accelerator.clip_grad_norm_(self.network.parameters(), options.max_grad_norm)
+        check_finite(step, terms.named, terms.total, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.ema.step(self.network.parameters())
+        return terms, norm
+
+    def averaged(self) -> nn.Module:
+        """The averaged network, with the latest averages."""
+        self.ema.copy_to(self.averaged_net.parameters())
+        return self.averaged_net
 
 
 def train(config: Config) -> Path:
@@ -155,8 +215,7 @@ def train(config: Config) -> Path:
     pictures = load_pictures(config.data.name_or_path, config.data.resolution, config.data.image_column)
     resolution = config.data.resolution
     shape = tuple(probe_latents(vae, resolution).shape[1:]) if vae else (3, resolution, resolution)
-    set_seed(options.seed)
-    network = build_network(config, shape)
+    trainer = Trainer(config, shape, accelerator)
     with accelerator.main_process_first():
         folder = prepare_run_folder(config)
     resume_from = checkpoint_to_resume(config, folder)
@@ -168,14 +227,6 @@ def train(config: Config) -> Path:
     if accelerator.is_main_process:
         save_config(config, folder / "config.yaml")
 
-    # build
-    averaged_net = deepcopy(network).to(device).eval().requires_grad_(False)
-    objective = build_objective(config, network, averaged_net)
-    optimizer = torch.optim.Adam(network.parameters(), lr=options.learning_rate, betas=(0.9, 0.99))
-    objective, optimizer = accelerator.prepare(objective, optimizer)
-    ema = EMAModel(network.parameters(), decay=options.ema_decay, use_ema_warmup=True, power=0.75)
-    ema.to(device)
-    accelerator.register_for_checkpointing(ema)
     first_step = 0
     if resume_from is not None:
         accelerator.load_state(resume_from)
@@ -185,7 +236,6 @@ def train(config: Config) -> Path:
         accelerator.init_trackers("latent_dmmd")
 
     # train
-    floor = 1.0 if options.learning_rate_schedule == "constant" else 0.1
     metrics = MetricsFile(folder / "metrics.jsonl", first_step, accelerator.is_main_process)
     progress = tqdm(
         range(first_step, options.num_steps),
@@ -195,23 +245,12 @@ def train(config: Config) -> Path:
         disable=not accelerator.is_main_process,
     )
     for step in progress:
-        batch = draw_batch(cache, options, config.objective.num_noise_levels, accelerator.process_index, step)
-        ema.copy_to(averaged_net.parameters())
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, options, floor)
-        terms = objective(Batch(*(tensor.to(device) for tensor in batch)))
-        accelerator.backward(terms.total)
-        norm = accelerator.clip_grad_norm_(network.parameters(), options.max_grad_norm)
-        check_finite(step, terms.named, terms.total, norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.step(network.parameters())
-
+        terms, norm = trainer.step(step, cache)
         done = step + 1
         if done % options.log_every == 0 or done == options.num_steps:
             figures = {name: accelerator.reduce(value, "mean").item() for name, value in terms.named.items()}
             progress.set_postfix({name: f"{value:.3g}" for name, value in figures.items()})
-            figures |= {"grad_norm": float(norm), "learning_rate": learning_rate_at(step, options, floor)}
+            figures |= {"grad_norm": float(norm), "learning_rate": trainer.learning_rate(step)}
             metrics.write({"step": done, **figures})
             accelerator.log(figures, step=done)
         if done % options.checkpointing_steps == 0 or done == options.num_steps:
@@ -219,8 +258,8 @@ def train(config: Config) -> Path:
 
     # finish
     if accelerator.is_main_process:
-        ema.copy_to(averaged_net.parameters())
-        pipeline = build_pipeline(config, accelerator.unwrap_model(objective), averaged_net, vae, cache, device)
+        averaged_net = trainer.averaged()
+        pipeline = build_pipeline(config, accelerator.unwrap_model(trainer.objective), averaged_net, vae, cache, device)
         save_pipeline(pipeline, config, folder / "pipeline", len(cache))
         write_samples(pipeline, pictures, cache.skipped, config, folder)
         plot_losses(folder / "metrics.jsonl", folder / "losses.png")

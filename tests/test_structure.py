@@ -25,6 +25,8 @@ ORDER = [
     "evaluation",
     "autoencoder",
     "complexity",
+    "compare",
+    "report",
     "diagnosis",
     "toy2d",
 ]

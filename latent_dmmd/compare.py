@@ -1,0 +1,522 @@
+"""DMMD beside what a user would pick instead: every entry trained alike, sampled alike, scored alike.
+
+An entry is a name and the keys of `Config` in which it differs from the others. The stages, each of which leaves files
+in the comparison's folder and is skipped where these are there, so that a killed comparison goes on where it was:
+
+    costs.json              seconds of a training step of each entry, measured in turns: minutes become steps by it
+    entries/NAME.yaml       the configuration of each entry, which `scripts/train_latent.py --config` takes, too
+    runs/NAME/              its run folder
+    samples/…               features of the generated pictures, the first pictures, and the time they took
+    real.safetensors        features of held-out and training pictures and of reconstructions
+    speed.json              time a picture of the entries, measured in turns
+    report/                 results.json, the plots, and index.html (`report.py`)
+
+Training time is steps times measured seconds a step: other work on the machine leaves its mark on the wall clock.
+"""
+
+import json
+import multiprocessing
+import platform
+import re
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache as cached
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+from torch_fidelity import FeatureExtractorBase
+
+from latent_dmmd.baselines import GaussianFit
+from latent_dmmd.complexity import measure
+from latent_dmmd.config import Config, ConfigError, check, parse_config, save_config
+from latent_dmmd.data import LatentCache, PixelCache, load_pictures, write_aside
+from latent_dmmd.evaluation import (
+    EXTRACTORS,
+    CheckedPictures,
+    Extractor,
+    extract_features,
+    frechet_distance,
+    load_extractor,
+    memorised_share,
+    nearest,
+    score_features,
+)
+from latent_dmmd.latents import Autoencoder, load_autoencoder, reconstruct, standardise, to_uint8
+from latent_dmmd.pipeline import LatentPipeline, load_pipeline
+from latent_dmmd.training import (
+    Trainer,
+    load_particles,
+    probe_latents,
+    resolved_precision,
+    train,
+    use_all_cores,
+)
+
+GAUSSIAN = "gaussian"
+NUM_SHOWN = 32
+MATCHED_FACTOR = 3  # an NFE of DMMD takes a forward and a backward pass, three of the baseline's
+MATCHED_UP_TO = 30
+CALIBRATION_STEPS = 4  # as many as lie between two refreshes of running means
+
+
+@dataclass
+class CompareConfig:
+    """Train, sample and score every entry, and write a report.
+
+    Args:
+        output_dir: The comparison's folder.
+        entries: Name to keys of `scripts/train_latent.py`, nested as in its YAML files.
+        common: Keys that all entries share.
+        minutes: Training time of each entry, turned into steps by the measured seconds a step; or
+        num_steps: steps of each entry.
+        num_images: Pictures of each set that is scored.
+        nfe: Numbers of function evaluations.
+        seeds: Sampling seeds of each set.
+        few: Entries that are sampled at `few_nfe` only.
+        few_nfe: See `few`.
+        one_seed_from: NFE from which on the first seed alone is used.
+        dmmd: The entry in question.
+        baseline: The entry it is held against; also sampled at three times the NFE, for equal time a picture.
+        pixel: The entry on pixels.
+        reference: Held-out pictures that sets are scored against.
+        extractor: The network whose features are compared.
+    """
+
+    output_dir: str = "runs/compare"
+    entries: dict[str, dict] = field(default_factory=dict)
+    common: dict = field(default_factory=dict)
+    minutes: float | None = None
+    num_steps: int | None = None
+    num_images: int = 128
+    nfe: list[int] = field(default_factory=lambda: [5, 10, 25, 50, 100, 250])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    few: list[str] = field(default_factory=list)
+    few_nfe: list[int] = field(default_factory=lambda: [10, 100])
+    one_seed_from: int = 250
+    dmmd: str = "latent-dmmd"
+    baseline: str = "latent-flow-matching"
+    pixel: str = "pixel-dmmd"
+    reference: str = "elpv:heldout"
+    extractor: Extractor = "efficientnet-lite0"
+
+    def __post_init__(self) -> None:
+        check(bool(self.entries), "entries must name at least one; see configs/compare_elpv256.yaml")
+        check((self.minutes is None) != (self.num_steps is None), "give either minutes or num_steps")
+        for name in ("minutes", "num_steps"):
+            value = getattr(self, name)
+            check(value is None or value > 0, f"{name} must be positive; got {value}")
+        check(self.num_images >= 4, f"num_images must be at least 4; got {self.num_images}")
+        check(bool(self.nfe) and min(self.nfe) > 0, f"nfe must be positive numbers; got {self.nfe}")
+        check(bool(self.seeds), "seeds must name at least one")
+        odd = [name for name in self.entries if not re.fullmatch(r"[\w.-]+", name)]
+        check(not odd, f"names of entries are letters, digits, '-', '_' and '.'; got {', '.join(odd)}")
+        check(GAUSSIAN not in self.entries, f"{GAUSSIAN} is always compared; choose another name for the entry")
+        unknown = [name for name in (*self.few, self.dmmd, self.baseline) if name not in self.entries]
+        check(not unknown, f"{', '.join(unknown)} not among entries: {', '.join(self.entries)}")
+
+
+def write_json(path: Path, value: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(path, lambda aside: aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n"))
+
+
+def merged(first: dict, second: dict) -> dict:
+    """Nested keys of both, the second's where both have one."""
+    result = dict(first)
+    for key, value in second.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if both else value
+    return result
+
+
+class Comparison:
+    """A comparison and its folder.
+
+    Args:
+        config: What to compare.
+
+    Raises:
+        ConfigError: If the configuration of an entry cannot be right.
+    """
+
+    def __init__(self, config: CompareConfig) -> None:
+        self.config, self.folder = config, Path(config.output_dir)
+        self.entries = {name: self.entry(name, num_steps=1) for name in config.entries}
+        if self.entries[config.dmmd].autoencoder.name_or_path is None:
+            raise ConfigError(f"dmmd={config.dmmd} is on pixels; name an entry with an autoencoder")
+
+    def entry(self, name: str, num_steps: int) -> Config:
+        """The configuration of an entry."""
+        keys = merged(self.config.common, self.config.entries[name])
+        # a constant learning rate: a larger budget goes on where a smaller one ended
+        training = {"num_steps": num_steps, "learning_rate_schedule": "constant"}
+        keys = merged(keys, {"output_dir": str(self.folder / "runs" / name), "training": training})
+        try:
+            return parse_config(Config, ["--config", yaml.safe_dump(keys)])
+        except ConfigError as error:
+            raise ConfigError(f"entries.{name}: {error}") from error
+
+    # training
+
+    def seconds_per_step(self) -> dict[str, float]:
+        """Seconds of a training step of every entry, measured in turns, once."""
+        path = self.folder / "costs.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        missing = [name for name in self.config.entries if name not in known]
+        if missing:
+            # all of them again: only figures of one measurement are compared
+            names = list(self.config.entries)
+            known = in_a_process(step_costs, {name: self.entries[name] for name in names})
+            write_json(path, known)
+        return {name: known[name]["seconds"] for name in self.config.entries}
+
+    def num_steps(self) -> dict[str, int]:
+        """Training steps of every entry."""
+        seconds, config = self.seconds_per_step(), self.config
+        if config.num_steps is not None:
+            return {name: config.num_steps for name in config.entries}
+        return {name: max(1, round(60 * config.minutes / seconds[name])) for name in config.entries}
+
+    def train(self) -> None:
+        """Train every entry to its number of steps, each in a process of its own."""
+        for name, steps in self.num_steps().items():
+            config = self.entry(name, steps)
+            record = self.folder / "runs" / name / "trained.json"
+            if record.exists() and json.loads(record.read_text())["num_steps"] == steps:
+                continue
+            print(f"{name}: training, {steps} steps")
+            (self.folder / "entries").mkdir(parents=True, exist_ok=True)
+            save_config(config, self.folder / "entries" / f"{name}.yaml")
+            peak_mb = in_a_process(train_and_measure, config)
+            write_json(record, {"num_steps": steps, "peak_mb": peak_mb})
+
+    # sampling
+
+    def samplers(self, name: str) -> tuple[str | None, ...]:
+        """How an entry is sampled."""
+        if self.entries[name].objective.name not in ("witness-matching", "dmmd"):
+            return (None,)
+        return ("exact",) if name in self.config.few else ("exact", "approximate")
+
+    def sets(self, name: str) -> list[tuple[int, int]]:
+        """NFE and seed of every set of an entry."""
+        config = self.config
+        if self.entries[name].objective.name == "mmd-gan":
+            numbers = [1]
+        elif name in config.few:
+            numbers = list(config.few_nfe)
+        else:
+            numbers = list(config.nfe)
+            if name == config.baseline:
+                numbers += [MATCHED_FACTOR * nfe for nfe in config.nfe if nfe <= MATCHED_UP_TO]
+        return [
+            (nfe, seed)
+            for nfe in sorted(set(numbers))
+            for seed in (config.seeds if nfe < config.one_seed_from else config.seeds[:1])
+        ]
+
+    def samples(self) -> dict[str, dict[tuple[int, int], Path]]:
+        """The generated sets: label to (NFE, seed) to the file of its features; made where they are missing."""
+        files, steps = {}, self.num_steps()
+        for name in self.config.entries:
+            pipe = cached(lambda name=name: load_pipeline(self.folder / "runs" / name / "pipeline"))
+            for sampler in self.samplers(name):
+                label = " ".join(filter(None, (name, sampler)))
+                folder = self.folder / "samples" / label.replace(" ", "-") / f"{steps[name]}-steps"
+                files[label] = {key: folder / "nfe-{}-seed-{}.safetensors".format(*key) for key in self.sets(name)}
+                for (nfe, seed), path in files[label].items():
+                    how = {"num_inference_steps": nfe} | ({"sampler": sampler} if sampler else {})
+                    self.make_set(path, f"{label}, {nfe} NFE", seed, partial(generate, pipe, how))
+        folder = self.folder / "samples" / GAUSSIAN
+        files[GAUSSIAN] = {(0, seed): folder / f"seed-{seed}.safetensors" for seed in self.config.seeds}
+        fit = cached(self.fit_gaussian)
+        for (_, seed), path in files[GAUSSIAN].items():
+            self.make_set(path, GAUSSIAN, seed, lambda n, generator: fit()(n, generator))
+        return files
+
+    def fit_gaussian(self) -> Callable[[int, torch.Generator], Tensor]:
+        """A sampler of pictures from the Gaussian fitted to the training latents."""
+        config = self.entries[self.config.dmmd]
+        pipe = load_pipeline(self.folder / "runs" / self.config.dmmd / "pipeline")
+        pictures = load_pictures(config.data.name_or_path, config.data.resolution, config.data.image_column)
+        cache = load_particles(pipe.vae, pictures, config)
+        fit = GaussianFit(standardise(cache.mean[:, 0], cache.channel_mean, cache.channel_std))
+        return lambda n, generator: pipe.decode(fit.draw(n, generator).to(pipe.device), "pt")
+
+    def make_set(self, path: Path, label: str, seed: int, draw: Callable[[int, torch.Generator], Tensor]) -> None:
+        """Features of generated pictures, the first pictures, and the seconds that they took, in a file."""
+        if path.exists():
+            return
+        print(f"{label}, seed {seed}: {self.config.num_images} pictures")
+        start = time.perf_counter()
+        images = draw(self.config.num_images, torch.Generator().manual_seed(seed))
+        seconds = time.perf_counter() - start
+        images_uint8 = to_uint8(images.cpu() * 2 - 1)
+        features, _ = extract_features(CheckedPictures(images_uint8, label), self.extractor())
+        tensors = {"features": features, "images": images_uint8[:NUM_SHOWN].contiguous()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"seconds": str(seconds)}
+        write_aside(path, partial(save_file, tensors, metadata=metadata))
+
+    def real(self) -> dict[str, Tensor]:
+        """Features of real pictures: `training`, `reference`, and these through the autoencoder (`reconstructions`),
+        and as many training pictures through it as are generated (`reconstructed_training`)."""
+        path = self.folder / "real.safetensors"
+        if not path.exists():
+            config = self.entries[self.config.dmmd]
+            training, reference = (
+                CheckedPictures(load_pictures(name, config.data.resolution), name)
+                for name in (config.data.name_or_path, self.config.reference)
+            )
+            order = torch.randperm(len(training), generator=torch.Generator().manual_seed(0)).tolist()
+            some = Subset(training, order[: self.config.num_images])
+            vae = load_autoencoder(config.autoencoder.name_or_path)
+            sets = {
+                "training": training,
+                "reference": reference,
+                "reconstructions": Reconstructed(vae, reference),
+                "reconstructed_training": Reconstructed(vae, some),
+            }
+            tensors = {}
+            for name, pictures in sets.items():
+                print(f"features of real pictures: {name}, {len(pictures)}")
+                tensors[name] = extract_features(pictures, self.extractor())[0]
+            write_aside(path, partial(save_file, tensors))
+        return load_file(path)
+
+    def speed(self) -> dict[str, dict]:
+        """Seconds of one NFE a picture, without decoding, of DMMD's samplers and the baseline, taking turns; and of
+        decoding."""
+        path = self.folder / "speed.json"
+        if not path.exists():
+            write_json(path, in_a_process(sampling_costs, self.folder / "runs", self.config.dmmd, self.config.baseline))
+        return json.loads(path.read_text())
+
+    @cached_property
+    def _extractor(self) -> FeatureExtractorBase:
+        return load_extractor(self.config.extractor)
+
+    def extractor(self) -> FeatureExtractorBase:
+        """The network whose features are compared, loaded when it is needed first."""
+        return self._extractor
+
+    # results
+
+    def results(self) -> dict:
+        """Everything that the report shows, but for the pictures."""
+        config, steps, seconds = self.config, self.num_steps(), self.seconds_per_step()
+        files, real, speed = self.samples(), self.real(), self.speed()
+        costs = json.loads((self.folder / "costs.json").read_text())
+        entries = {}
+        for name in config.entries:
+            record = json.loads((self.folder / "runs" / name / "trained.json").read_text())
+            entries[name] = {
+                "num_parameters": costs[name]["num_parameters"],
+                "num_steps": steps[name],
+                "seconds_per_step": seconds[name],
+                "training_minutes": steps[name] * seconds[name] / 60,
+                "peak_mb": record["peak_mb"],
+                "keys": merged(config.common, config.entries[name]),
+            }
+        rows = []
+        for label, sets in files.items():
+            for nfe in sorted({nfe for nfe, _ in sets}):
+                paths = [path for (n, _), path in sets.items() if n == nfe]
+                rows.append({"label": label, "nfe": nfe, **self.scores(paths, real)})
+        order = torch.randperm(len(real["training"]), generator=torch.Generator().manual_seed(0))
+        n, m = config.num_images, len(real["reference"])
+        half = len(order) // 2
+        floor = real["training"][order[: min(n, half)]], real["training"][order[-min(m, half) :]]
+        result = {
+            "settings": {
+                "num_images": n,
+                "num_reference": m,
+                "num_training": len(real["training"]),
+                "reference": config.reference,
+                "extractor": config.extractor,
+                "distance": EXTRACTORS[config.extractor].distance_name,
+                "seeds": config.seeds,
+                "minutes": config.minutes,
+                "steps": config.num_steps,
+                "dmmd": config.dmmd,
+                "baseline": config.baseline,
+                "pixel": config.pixel,
+            },
+            "machine": machine(),
+            "floor_distance": frechet_distance(*floor),
+            "reconstruction_distance": frechet_distance(real["reconstructions"], real["reference"]),
+            "reconstructed_training_distance": frechet_distance(real["reconstructed_training"], real["reference"]),
+            "entries": entries,
+            "rows": rows,
+            "speed": speed,
+        }
+        return result | {"goals": goals(result)}
+
+    def scores(self, paths: list[Path], real: dict[str, Tensor]) -> dict:
+        """Scores of the sets of one entry and NFE: a list over seeds of each."""
+        scores = []
+        for path in paths:
+            features = load_file(path)["features"]
+            score = score_features(features, real["reference"])
+            memorised = memorised_share(features, real["training"], real["reference"])
+            with safe_open(path, "pt") as file:
+                seconds = float(file.metadata()["seconds"]) / self.config.num_images
+            scores.append(score | {"memorised_share": memorised, "seconds_per_picture": seconds})
+        return {name: [score[name] for score in scores] for name in scores[0]}
+
+    def pictures(self, label: str, nfe: int) -> Tensor:
+        """The first pictures of a set, of the first seed."""
+        return load_file(self.samples()[label][nfe, self.config.seeds[0]])["images"]
+
+    def neighbours(self, label: str, nfe: int, count: int = 8) -> tuple[Tensor, Tensor]:
+        """Of the first pictures of a set, those nearest to a training picture, and that picture."""
+        tensors, training = load_file(self.samples()[label][nfe, self.config.seeds[0]]), self.real()["training"]
+        distances, index = nearest(tensors["features"][: len(tensors["images"])], training)
+        chosen = distances.argsort()[:count]
+        config = self.entries[self.config.dmmd]
+        pictures = load_pictures(config.data.name_or_path, config.data.resolution, config.data.image_column)
+        return tensors["images"][chosen], torch.stack([pictures[i] for i in index[chosen].tolist()])
+
+
+def mean_of(result: dict, label: str, nfe: int, name: str = "frechet_distance") -> float | None:
+    """The mean over seeds of a score; None if there is no such row."""
+    for row in result["rows"]:
+        if row["label"] == label and row["nfe"] == nfe:
+            return statistics.fmean(row[name])
+    return None
+
+
+def goals(result: dict) -> list[dict]:
+    """The ratios that the comparison is about: what each is, its value, and what was aimed at."""
+    settings, reconstruction = result["settings"], result["reconstruction_distance"]
+    exact, stored = (f"{settings['dmmd']} {sampler}" for sampler in ("exact", "approximate"))
+    pixel = f"{settings['pixel']} exact"
+    found = []
+
+    def goal(text: str, value: Callable[[], float], aim: float, sign: str = "≤") -> None:
+        try:
+            figure = value()
+            met = {"≤": figure <= aim, "<": figure < aim, "≥": figure >= aim}[sign]
+        except TypeError:  # one of the sets is not there
+            return
+        found.append({"what": text, "value": figure, "aim": f"{sign} {aim:g}", "met": met})
+
+    def above(label: str, nfe: int) -> float:
+        return mean_of(result, label, nfe) - reconstruction
+
+    baseline = settings["baseline"]
+    for label in (exact, stored):
+        for nfe, aim, sign in ((100, 1.0, "≤"), (10, 0.8, "<")):
+            text = f"{label} ÷ {baseline}, distance above the reconstruction's, {nfe} NFE"
+            goal(text, lambda: above(label, nfe) / above(baseline, nfe), aim, sign)  # noqa: B023  called at once
+    for nfe in sorted({row["nfe"] for row in result["rows"] if 0 < row["nfe"] <= MATCHED_UP_TO}):
+        text = f"{stored} at {nfe} NFE ÷ {baseline} at {MATCHED_FACTOR * nfe} NFE, distance"
+        goal(text, lambda: mean_of(result, stored, nfe) / mean_of(result, baseline, MATCHED_FACTOR * nfe), 1.0)  # noqa: B023
+    text = f"{pixel} ÷ {exact}, distance, 100 NFE"
+    goal(text, lambda: mean_of(result, pixel, 100) / mean_of(result, exact, 100), 2, "≥")
+    goal(f"{exact}, 100 NFE ÷ reconstruction, distance", lambda: mean_of(result, exact, 100) / reconstruction, 2)
+    seconds = {name: cost["seconds"] for name, cost in result["speed"].items()}
+    for sampler, aim in (("exact", 3.2), ("approximate", 3.0)):
+        text = f"{settings['dmmd']} {sampler} ÷ {baseline}, time of one NFE a picture"
+        goal(text, lambda: seconds[sampler] / seconds["baseline"], aim)  # noqa: B023
+    for label in (exact, stored):
+        text = f"{label}, 100 NFE, share of memorised pictures"
+        goal(text, lambda: mean_of(result, label, 100, "memorised_share"), 0.02)  # noqa: B023
+    return found
+
+
+class Reconstructed(Dataset):
+    """decode(encode(·)) of a set of pictures."""
+
+    def __init__(self, vae: Autoencoder, pictures: Dataset) -> None:
+        self.vae, self.pictures = vae, pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return reconstruct(self.vae, self.pictures[i][None])[0]
+
+
+def generate(pipe: Callable[[], LatentPipeline], how: dict, n: int, generator: torch.Generator) -> Tensor:
+    """Pictures in [0, 1], all particles in one chunk: the exact witness needs no second forward then."""
+    return pipe()(n, generator=generator, chunk_size=None, output_type="pt", **how).images
+
+
+def sampling_costs(runs: Path, dmmd: str, baseline: str, nfe: int = 10, num_images: int = 32) -> dict[str, dict]:
+    """Seconds and peak memory of one NFE a picture, for both samplers of DMMD and the baseline; and of decoding one."""
+    pipes = {name: load_pipeline(runs / name / "pipeline") for name in (dmmd, baseline)}
+    for pipe in pipes.values():
+        pipe.set_progress_bar_config(disable=True)
+    how = {"num_inference_steps": nfe, "output_type": "latent", "chunk_size": None}
+    device = pipes[dmmd].device
+    z = pipes[dmmd].initial_particles(num_images, torch.Generator().manual_seed(0), None)
+    tasks = {
+        "exact": lambda: pipes[dmmd](num_images, sampler="exact", **how),
+        "approximate": lambda: pipes[dmmd](num_images, sampler="approximate", **how),
+        "baseline": lambda: pipes[baseline](num_images, **how),
+        "decode": lambda: pipes[dmmd].decode(z, "pt"),
+    }
+    costs = measure(tasks, device, repeats=7)
+    each = {name: num_images * (1 if name == "decode" else nfe) for name in tasks}
+    return {name: {"seconds": cost.seconds / each[name], "peak_mb": cost.peak_mb} for name, cost in costs.items()}
+
+
+def machine() -> dict:
+    """What the figures were measured on."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"gpu": gpu, "threads": torch.get_num_threads(), "torch": torch.__version__, "system": platform.system()}
+
+
+def in_a_process(function, *args):
+    """The function's value from a process of its own, whose memory and threads leave nothing behind."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def train_and_measure(config: Config) -> float:
+    """Train; the peak memory in MB: of the GPU, or of this process."""
+    train(config)
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform != "darwin" else 2**20)
+
+
+def step_costs(configs: dict[str, Config], repeats: int = 5) -> dict[str, dict]:
+    """Seconds and parameters of a training step of each configuration, on particles that are noise, taking turns."""
+    tasks, sizes = {}, {}
+    for name, config in configs.items():
+        accelerator = Accelerator(mixed_precision=resolved_precision(config.training.mixed_precision))
+        use_all_cores()
+        side, generator = config.data.resolution, torch.Generator().manual_seed(0)
+        if config.autoencoder.name_or_path:
+            vae = load_autoencoder(config.autoencoder.name_or_path, accelerator.device)
+            z = torch.randn(64, 1, *probe_latents(vae, side).shape[1:], generator=generator).cpu()
+            cache = LatentCache(z, None, torch.zeros(z.shape[2]), torch.ones(z.shape[2]))
+        else:
+            pictures = torch.randint(256, (64, 3, side, side), dtype=torch.uint8, generator=generator)
+            cache = PixelCache(pictures, config.data.horizontal_flip, torch.zeros(3), torch.ones(3))
+        trainer = Trainer(config, tuple(cache.draw(1, generator).shape[1:]), accelerator)
+        sizes[name] = sum(p.numel() for p in trainer.network.parameters())
+
+        def task(trainer: Trainer = trainer, cache: LatentCache | PixelCache = cache) -> None:
+            for step in range(CALIBRATION_STEPS):
+                trainer.step(step, cache)
+
+        tasks[name] = task
+    costs = measure(tasks, accelerator.device, repeats)
+    return {
+        name: {"seconds": costs[name].seconds / CALIBRATION_STEPS, "num_parameters": sizes[name]} for name in configs
+    }

@@ -1,0 +1,28 @@
+"""Compare DMMD with its alternatives: python scripts/compare.py --config configs/compare_elpv256.yaml --minutes 90.
+
+Trains or loads every entry, samples and scores them alike, and writes OUTPUT_DIR/report/index.html. The same command
+goes on where a killed one was; a larger --minutes goes on training.
+"""
+
+import sys
+
+from latent_dmmd.compare import CompareConfig, Comparison
+from latent_dmmd.config import parse_config
+from latent_dmmd.report import score_rows, write_report
+
+
+def main() -> None:
+    comparison = Comparison(parse_config(CompareConfig))
+    comparison.train()
+    result = comparison.results()
+    for row in score_rows(result):
+        print("  ".join(row))
+    print(f"report: {write_report(comparison, result, ' '.join(['python', *sys.argv]))}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, ImportError, OSError, FloatingPointError) as error:
+        print(f"compare.py: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
