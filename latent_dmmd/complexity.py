@@ -25,7 +25,7 @@ from latent_dmmd.discrepancy import get_discrepancy
 from latent_dmmd.features import FeatureNet, MeanEmbeddings
 from latent_dmmd.flow import flow_schedule, gradient_flow, witness_gradient
 from latent_dmmd.forward import LinearInterpolant
-from latent_dmmd.latents import decode_pixels, load_autoencoder
+from latent_dmmd.latents import BUNDLED_AUTOENCODER, decode_pixels, load_autoencoder
 from latent_dmmd.objective import DMMD, Batch, Objective, WitnessMatching
 
 
@@ -222,7 +222,7 @@ def resolution_costs(
 
     The autoencoder is the bundled one, which halves the side four times.
     """
-    vae = load_autoencoder("elpv-vae", device)
+    vae = load_autoencoder(BUNDLED_AUTOENCODER, device)
     embeddings, found = random_embeddings(0, "linear", device), {}
     for resolution in resolutions:
         size = resolution // 16

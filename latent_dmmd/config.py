@@ -197,8 +197,8 @@ class TrainingConfig:
         num_warmup_steps: Steps of linear warm-up.
         max_grad_norm: Gradient norm above which gradients are scaled down.
         ema_decay: Decay of the averaged weights; shorter early on.
-        mixed_precision: "no" (in quotes in YAML, where a bare no is false), "bf16", or "auto": bf16 on GPUs that have
-            it, "no" on CPUs.
+        mixed_precision: "no" (in quotes in YAML, where a bare no is false), "bf16", or "auto": bf16 where the hardware
+            computes in it, "no" elsewhere.
         checkpointing_steps: Steps between checkpoints; there is one at the end, too.
         checkpoints_total_limit: Checkpoints kept.
         log_every: Steps between two lines of metrics.jsonl.

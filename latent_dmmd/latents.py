@@ -17,6 +17,7 @@ AUTOENCODERS = {cls.__name__: cls for cls in (AutoencoderKL, AutoencoderTiny, Au
 Autoencoder = AutoencoderKL | AutoencoderTiny | AutoencoderDC
 
 BUNDLED_AUTOENCODER = "elpv-vae"  # a name, so that saved configurations hold on every machine
+BUNDLED_AT = files("latent_dmmd") / "assets" / "elpv-dmmd" / "vae"
 
 
 def load_autoencoder(name_or_path: str, device: torch.device | str = "cpu") -> Autoencoder:
@@ -30,7 +31,7 @@ def load_autoencoder(name_or_path: str, device: torch.device | str = "cpu") -> A
         ValueError: If it cannot be found or read, or is of another class; the message is one line.
     """
     if name_or_path == BUNDLED_AUTOENCODER:
-        name_or_path = str(files("latent_dmmd") / "assets" / BUNDLED_AUTOENCODER)
+        name_or_path = str(BUNDLED_AT)
     try:
         config = AutoencoderKL.load_config(name_or_path)
     except (OSError, ValueError) as error:

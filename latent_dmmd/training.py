@@ -40,10 +40,12 @@ from latent_dmmd.pipeline import LatentDMMDPipeline, LatentPipeline
 
 
 def resolved_precision(mixed_precision: str) -> str:
-    """What "auto" stands for here: bf16 on a GPU that has it; CPUs mostly emulate it."""
+    """What "auto" stands for here: bf16 where the hardware computes in it; elsewhere it is emulated, and slower."""
     if mixed_precision != "auto":
         return mixed_precision
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(False) else "no"
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(False) else "no"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
 
 
 def learning_rate_at(step: int, config: TrainingConfig, floor: float = 0.1) -> float:

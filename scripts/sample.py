@@ -1,5 +1,6 @@
 """Sample from a saved pipeline: python scripts/sample.py --pipeline DIR --num_images 64 --output_dir samples."""
 
+import inspect
 import sys
 from argparse import ArgumentError
 from pathlib import Path
@@ -20,25 +21,23 @@ def main() -> None:
     parser.add_argument("--num_images", type=PositiveInt, default=64, help="Pictures, hence particles.")
     parser.add_argument("--output_dir", type=str, required=True, help="Where the PNG files and grid.png go.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the initial particles.")
-    parser.add_argument("--sampler", type=Sampler, default="exact", help="Which witness.")
-    parser.add_argument("--num_noise_levels", type=PositiveInt, default=25, help="Noise levels of the flow.")
-    parser.add_argument("--steps_per_level", type=PositiveInt, default=2, help="Gradient steps at each level.")
+    parser.add_argument("--sampler", type=Sampler, default="exact", help="DMMD: which witness.")
+    parser.add_argument("--num_noise_levels", type=PositiveInt, default=25, help="DMMD: noise levels of the flow.")
+    parser.add_argument("--steps_per_level", type=PositiveInt, default=2, help="DMMD: gradient steps at each level.")
+    parser.add_argument("--num_inference_steps", type=PositiveInt | None, help="NFE, instead of these two; or 50.")
     args = parser.parse_args()
 
     pipe = load_pipeline(args.pipeline)
-    images = pipe(
-        batch_size=args.num_images,
-        num_noise_levels=args.num_noise_levels,
-        steps_per_level=args.steps_per_level,
-        sampler=args.sampler,
-        generator=torch.Generator().manual_seed(args.seed),
-        output_type="pt",
-    ).images
+    names = [name for name in inspect.signature(pipe.__call__).parameters if name in args]
+    # what is not given and has no default here has one in the pipeline
+    how = {name: args[name] for name in names if args[name] is not None}
+    generator = torch.Generator().manual_seed(args.seed)
+    images = pipe(batch_size=args.num_images, generator=generator, output_type="pt", **how).images
     images_uint8 = to_uint8(images.cpu() * 2 - 1)
     output_dir = Path(args.output_dir)
     save_pngs(images_uint8, output_dir / "images")
-    nfe = args.num_noise_levels * args.steps_per_level
-    labelled_grid({f"{args.sampler}, {nfe} NFE, seed {args.seed}": images_uint8[:64]}).save(output_dir / "grid.png")
+    settings = ", ".join(f"{name} {value}" for name, value in {**how, "seed": args.seed}.items())
+    labelled_grid({settings: images_uint8[:64]}).save(output_dir / "grid.png")
     print(f"{args.num_images} pictures: {output_dir / 'images'}   grid: {output_dir / 'grid.png'}")
 
 

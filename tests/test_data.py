@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from latent_dmmd import data
-from latent_dmmd.data import DataError, cache_latents, load_pictures, read_picture
+from latent_dmmd.data import DataError, cache_latents, cache_pixels, load_pictures, read_picture
 from latent_dmmd.latents import encode_moments, to_pixels
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -615,3 +615,29 @@ def test_manifest_is_plain(tiny_vae, pictures, tmp_path):
     cache_latents(tiny_vae, pictures, tmp_path / "cache")
     manifest = json.loads((tmp_path / "cache" / "manifest.json").read_text())
     assert manifest["num_pictures"] == 12 and manifest["resolution"] == 32 and manifest["horizontal_flip"] is True
+
+
+def test_pixels_as_particles(tiny_pictures):
+    pictures = load_pictures(str(tiny_pictures), 32)
+    cache = cache_pixels(pictures, horizontal_flip=True)
+    images = torch.stack([pictures[i] for i in range(len(pictures))])
+    assert torch.equal(cache.images_uint8, images)
+    pixels = images.double() / 127.5 - 1
+    torch.testing.assert_close(cache.channel_mean.double(), pixels.mean((0, 2, 3)), atol=1e-6, rtol=0)
+    torch.testing.assert_close(cache.channel_std.double(), pixels.std((0, 2, 3), correction=0), atol=1e-6, rtol=0)
+    standard = ((pixels - pixels.mean((0, 2, 3), keepdim=True)) / pixels.std((0, 2, 3), keepdim=True)).float()
+    draws = cache.draw(200, torch.Generator().manual_seed(0))
+    plain, mirrored = (
+        (draws[:, None] - z[None]).flatten(2).norm(dim=2).min(1).values < 0.2 for z in (standard, standard.flip(-1))
+    )
+    assert (plain | mirrored).all() and 60 < plain.sum() < 140
+    assert torch.equal(cache.images_uint8, images)  # mirrored copies, not the pictures themselves
+
+
+def test_pixels_of_a_bad_picture(tiny_pictures):
+    (tiny_pictures / "00.png").write_bytes(b"not a picture")
+    pictures = load_pictures(str(tiny_pictures), 32)
+    with pytest.raises(DataError, match="00.png"):
+        cache_pixels(pictures)
+    cache = cache_pixels(pictures, on_bad_image="skip")
+    assert len(cache) == 11 and cache.skipped[0].endswith("00.png")

@@ -89,3 +89,18 @@ def test_refuses_what_does_not_fit():
         FeatureNet(attention_levels=(True,))
     with pytest.raises(ValueError, match=r"must have shape \(B, 2, 4, 4\)"):
         small()(torch.zeros(1, 2, 8, 8), torch.zeros(1))
+
+
+def test_the_squared_norm_lets_the_gradient_be_the_input():
+    """Where no map reads x, only the gated norm does: its gradient is γ x / √D."""
+    torch.manual_seed(0)
+    net = FeatureNet(
+        sample_size=4, in_channels=3, num_features=1, patch_size=2, block_out_channels=(4,), layers_per_block=1,
+        attention_levels=(False,), num_groups=2, conv_in_kernel=1, squared_norm=True,
+    )  # fmt: skip
+    for module in (net.conv_in, net.lift):
+        torch.nn.init.zeros_(module.weight)
+    torch.nn.init.constant_(net.norm_gate.bias, 0.7)
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(net(x, torch.tensor(0.5)).sum(), x)
+    torch.testing.assert_close(gradient, 0.7 * x / 48**0.5)

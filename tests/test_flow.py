@@ -4,7 +4,14 @@ from torch import nn
 
 from latent_dmmd.discrepancy import get_discrepancy, kale_witness, mmd2, witness
 from latent_dmmd.features import MeanEmbeddings
-from latent_dmmd.flow import FlowStep, flow_schedule, gradient_flow, measure_embeddings, witness_gradient
+from latent_dmmd.flow import (
+    FlowStep,
+    flow_schedule,
+    gradient_flow,
+    measure_embeddings,
+    steps_for_nfe,
+    witness_gradient,
+)
 
 
 class Identity(nn.Module):
@@ -339,3 +346,15 @@ def test_measured_scale_is_least_squares():
 def test_refuses_what_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         flow_schedule(embeddings_for(torch.zeros(3), torch.ones(3)), **options)
+
+
+@pytest.mark.parametrize(
+    "nfe, expected", [(1, (1, 1)), (10, (10, 1)), (25, (25, 1)), (100, (25, 4)), (26, (13, 2))]
+)
+def test_levels_and_steps_of_an_nfe(nfe, expected):
+    assert steps_for_nfe(nfe, 25) == expected
+
+
+def test_an_nfe_is_positive():
+    with pytest.raises(ValueError, match="at least 1"):
+        steps_for_nfe(0, 25)

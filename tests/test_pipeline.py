@@ -141,3 +141,9 @@ def test_refuses_an_autoencoder_of_other_latents(pipe):
     net = FeatureNet(16, 3, 6, block_out_channels=(8,), attention_levels=(True,))
     with pytest.raises(ValueError, match="4 latent channels, the features take 3"):
         LatentDMMDPipeline(net, pipe.mean_embeddings, pipe.vae)
+
+
+def test_load_pipeline_refuses_what_is_not_ours(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    with pytest.raises(ValueError, match="holds a StableDiffusionPipeline"):
+        load_pipeline(tmp_path)

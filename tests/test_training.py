@@ -135,6 +135,16 @@ def test_baselines_train_and_sample_by_one_key(arguments, method, term, space):
     assert all(z.isfinite().all() and z.shape[0] == 3 for z in draws) and not torch.equal(*draws)
 
 
+def test_samples_of_a_baseline(arguments, tmp_path, monkeypatch):
+    import runpy
+
+    folder = train(parse_config(Config, [*arguments, "--objective.name", "flow-matching"]))
+    command = f"sample.py --pipeline {folder / 'pipeline'} --num_images 2 --num_inference_steps 3 --output_dir"
+    monkeypatch.setattr(sys, "argv", [*command.split(), str(tmp_path / "samples")])
+    runpy.run_path(str(ROOT / "scripts" / "sample.py"), run_name="__main__")
+    assert len(list((tmp_path / "samples" / "images").iterdir())) == 2
+
+
 def test_pixel_dmmd_with_the_squared_norm(arguments):
     extra = [
         "--autoencoder.name_or_path",
@@ -158,6 +168,8 @@ def test_a_finished_run_goes_on_at_a_constant_learning_rate(arguments, tmp_path)
     whole = [*constant, "--training.num_steps", "9", "--output_dir", str(tmp_path / "whole")]
     for a, b in zip(weights(longer).values(), weights(train(parse_config(Config, whole))).values()):
         assert torch.equal(a, b)
+    with pytest.raises(ConfigError, match="trained longer, see checkpoint-9"):
+        train(parse_config(Config, constant))
     cosine = [*arguments, "--output_dir", str(tmp_path / "cosine")]
     train(parse_config(Config, cosine))
     with pytest.raises(ConfigError, match="another training.num_steps"):
