@@ -16,11 +16,14 @@ Training time is steps times measured seconds a step: other work on the machine 
 
 import json
 import multiprocessing
+import os
 import platform
 import re
 import resource
+import signal
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -482,8 +485,20 @@ def machine() -> dict:
 
 def in_a_process(function, *args):
     """The function's value from a process of its own, whose memory and threads leave nothing behind."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=end_with_parent, initargs=(os.getpid(),)) as pool:
         return pool.submit(function, *args).result()
+
+
+def end_with_parent(parent: int) -> None:
+    """Send this process SIGTERM when its parent is gone: a killed comparison leaves nothing running."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def train_and_measure(config: Config) -> float:

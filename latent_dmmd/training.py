@@ -9,6 +9,8 @@ import json
 import math
 import os
 import shutil
+import signal
+import threading
 import time
 from copy import deepcopy
 from pathlib import Path
@@ -31,6 +33,7 @@ from latent_dmmd.data import (
     cache_pixels,
     keyed_generator,
     load_pictures,
+    write_aside,
 )
 from latent_dmmd.latents import Autoencoder, encode_moments, load_autoencoder, reconstruct, to_uint8
 from latent_dmmd.methods import build_network, build_objective, build_pipeline
@@ -187,6 +190,63 @@ class Trainer:
         return self.averaged_net
 
 
+class StopRequest:
+    """Context in which SIGTERM, a cluster's way to say that time is up, is noted instead of obeyed."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator, self.arrived = accelerator, False
+        self.in_main_thread = threading.current_thread() is threading.main_thread()  # Python lets no other set handlers
+
+    def __enter__(self) -> "StopRequest":
+        if self.in_main_thread:
+            self.before = signal.signal(signal.SIGTERM, self.arrive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.in_main_thread:
+            signal.signal(signal.SIGTERM, self.before)
+
+    def arrive(self, *_: object) -> None:
+        self.arrived = True
+
+    def requested(self) -> bool:
+        """Whether it has arrived on any rank; the same on every rank."""
+        if self.accelerator.num_processes == 1:
+            return self.arrived
+        flag = torch.tensor(float(self.arrived), device=self.accelerator.device)
+        return self.accelerator.reduce(flag, "sum").item() > 0
+
+
+def run_steps(
+    trainer: Trainer, cache: LatentCache | PixelCache, folder: Path, first_step: int, stop: StopRequest
+) -> None:
+    """All steps from the first on: metrics, checkpoints, and the end that SIGTERM asks for."""
+    accelerator, options = trainer.accelerator, trainer.config.training
+    metrics = MetricsFile(folder / "metrics.jsonl", first_step, accelerator.is_main_process)
+    progress = tqdm(
+        range(first_step, options.num_steps),
+        initial=first_step,
+        total=options.num_steps,
+        desc="training",
+        disable=not accelerator.is_main_process,
+    )
+    for step in progress:
+        terms, norm = trainer.step(step, cache)
+        done = step + 1
+        if done % options.log_every == 0 or done == options.num_steps:
+            figures = {name: accelerator.reduce(value, "mean").item() for name, value in terms.named.items()}
+            progress.set_postfix({name: f"{value:.3g}" for name, value in figures.items()})
+            figures |= {"grad_norm": float(norm), "learning_rate": trainer.learning_rate(step)}
+            metrics.write({"step": done, **figures})
+            accelerator.log(figures, step=done)
+        stopping = stop.requested()
+        if done % options.checkpointing_steps == 0 or done == options.num_steps or stopping:
+            save_checkpoint(accelerator, folder, done, options.checkpoints_total_limit)
+        if stopping and done < options.num_steps:
+            accelerator.print(f"\nstopped at step {done}, saved; run the same command again to go on")
+            raise SystemExit(0)
+
+
 def train(config: Config) -> Path:
     """Train φ and write the run folder.
 
@@ -200,6 +260,7 @@ def train(config: Config) -> Path:
         ConfigError: If the configuration cannot be followed; nothing is written then.
         DataError: If the data cannot be read.
         FloatingPointError: If a loss or gradient is not finite; the last checkpoint stays.
+        SystemExit: With code 0, after SIGTERM: the step is finished, a checkpoint saved, and a line says how to go on.
     """
     # initialise and validate
     options = config.training
@@ -238,25 +299,8 @@ def train(config: Config) -> Path:
         accelerator.init_trackers("latent_dmmd")
 
     # train
-    metrics = MetricsFile(folder / "metrics.jsonl", first_step, accelerator.is_main_process)
-    progress = tqdm(
-        range(first_step, options.num_steps),
-        initial=first_step,
-        total=options.num_steps,
-        desc="training",
-        disable=not accelerator.is_main_process,
-    )
-    for step in progress:
-        terms, norm = trainer.step(step, cache)
-        done = step + 1
-        if done % options.log_every == 0 or done == options.num_steps:
-            figures = {name: accelerator.reduce(value, "mean").item() for name, value in terms.named.items()}
-            progress.set_postfix({name: f"{value:.3g}" for name, value in figures.items()})
-            figures |= {"grad_norm": float(norm), "learning_rate": trainer.learning_rate(step)}
-            metrics.write({"step": done, **figures})
-            accelerator.log(figures, step=done)
-        if done % options.checkpointing_steps == 0 or done == options.num_steps:
-            save_checkpoint(accelerator, folder, done, options.checkpoints_total_limit)
+    with StopRequest(accelerator) as stop:
+        run_steps(trainer, cache, folder, first_step, stop)
 
     # finish
     if accelerator.is_main_process:
@@ -303,6 +347,17 @@ def check_finite(step: int, named: dict[str, Tensor], total: Tensor, norm: Tenso
     raise FloatingPointError(f"step {step}: {', '.join(bad)} not finite; the last checkpoint is from before")
 
 
+def readable_lines(path: Path) -> list[dict]:
+    """The objects of a file of JSON lines, without a last line that was cut off when its writer was killed."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
 class MetricsFile:
     """metrics.jsonl: one JSON object a line. Lines after the step that a run resumes from are dropped first."""
 
@@ -311,10 +366,9 @@ class MetricsFile:
         self.seconds = 0.0
         if not enabled:
             return
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        kept = [line for line in lines if line["step"] <= first_step]
+        kept = [line for line in readable_lines(path) if line["step"] <= first_step]
         self.seconds = kept[-1]["seconds"] if kept else 0.0
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        write_aside(path, lambda aside: aside.write_text("".join(json.dumps(line) + "\n" for line in kept)))
 
     def write(self, figures: dict[str, float]) -> None:
         if not self.enabled:

@@ -348,9 +348,7 @@ def test_refuses_what_cannot_be(options, message):
         flow_schedule(embeddings_for(torch.zeros(3), torch.ones(3)), **options)
 
 
-@pytest.mark.parametrize(
-    "nfe, expected", [(1, (1, 1)), (10, (10, 1)), (25, (25, 1)), (100, (25, 4)), (26, (13, 2))]
-)
+@pytest.mark.parametrize("nfe, expected", [(1, (1, 1)), (10, (10, 1)), (25, (25, 1)), (100, (25, 4)), (26, (13, 2))])
 def test_levels_and_steps_of_an_nfe(nfe, expected):
     assert steps_for_nfe(nfe, 25) == expected
 

@@ -1,8 +1,11 @@
 import json
 import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -188,8 +191,6 @@ def test_resume_is_exact(arguments, tmp_path):
     """6 steps = 3 steps, killed, 3 steps: bitwise, in weights and metrics."""
     whole = train(parse_config(Config, arguments))
     broken = tmp_path / "broken"
-    import shutil
-
     shutil.copytree(whole, broken)
     for name in ("checkpoint-6", "pipeline"):
         shutil.rmtree(broken / name)
@@ -200,6 +201,41 @@ def test_resume_is_exact(arguments, tmp_path):
         {k: v for k, v in json.loads(line).items() if k != "seconds"} for line in p.read_text().splitlines()
     ]
     assert without_time(whole / "metrics.jsonl") == without_time(resumed / "metrics.jsonl")
+
+
+def test_a_metrics_line_that_was_cut_off_is_left_out(arguments, tmp_path):
+    whole = train(parse_config(Config, arguments))
+    lines = (whole / "metrics.jsonl").read_text().splitlines()
+    (whole / "metrics.jsonl").write_text("\n".join(lines[:3]) + '\n{"step": 4, "matc')
+    shutil.rmtree(whole / "checkpoint-6")
+    train(parse_config(Config, arguments))
+    assert [json.loads(line)["step"] for line in (whole / "metrics.jsonl").read_text().splitlines()] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
+
+
+def test_sigterm_finishes_the_step_and_saves(arguments, tmp_path):
+    extra = ["--training.learning_rate_schedule", "constant", "--training.checkpointing_steps", "100000"]
+    extra += ["--training.num_steps"]
+    command = [sys.executable, str(ROOT / "scripts" / "train_latent.py"), *arguments, *extra, "100000"]
+    metrics, env = tmp_path / "run" / "metrics.jsonl", {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env) as process:
+        while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "run the same command again" in output
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    step = int(checkpoint.name.split("-")[1])
+    assert f"stopped at step {step}, saved" in output
+    assert json.loads(metrics.read_text().splitlines()[-1])["step"] == step
+    resumed = train(parse_config(Config, [*arguments, *extra, str(step + 1)]))
+    assert (resumed / "pipeline").exists()
 
 
 def test_refuses_another_configuration_in_the_same_folder(arguments, tmp_path):
