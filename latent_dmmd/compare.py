@@ -259,8 +259,12 @@ class Comparison:
         return lambda n, generator: pipe.decode(fit.draw(n, generator).to(pipe.device), "pt")
 
     def make_set(self, path: Path, label: str, seed: int, draw: Callable[[int, torch.Generator], Tensor]) -> None:
-        """Features of generated pictures, the first pictures, and the seconds that they took, in a file."""
-        if path.exists():
+        """Features of generated pictures, the first pictures, and the seconds that they took, in a file.
+
+        Nothing is done if the file holds as many pictures, seen by the same network.
+        """
+        made_for = {"num_images": str(self.config.num_images), "extractor": self.config.extractor}
+        if holds(path, made_for):
             return
         print(f"{label}, seed {seed}: {self.config.num_images} pictures")
         start = time.perf_counter()
@@ -270,15 +274,15 @@ class Comparison:
         features, _ = extract_features(CheckedPictures(images_uint8, label), self.extractor())
         tensors = {"features": features, "images": images_uint8[:NUM_SHOWN].contiguous()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"seconds": str(seconds)}
-        write_aside(path, partial(save_file, tensors, metadata=metadata))
+        write_aside(path, partial(save_file, tensors, metadata=made_for | {"seconds": str(seconds)}))
 
     def real(self) -> dict[str, Tensor]:
         """Features of real pictures: `training`, `reference`, and these through the autoencoder (`reconstructions`),
         and as many training pictures through it as are generated (`reconstructed_training`)."""
-        path = self.folder / "real.safetensors"
-        if not path.exists():
-            config = self.entries[self.config.dmmd]
+        path, config = self.folder / "real.safetensors", self.entries[self.config.dmmd]
+        made_for = {name: str(getattr(self.config, name)) for name in ("num_images", "extractor", "reference")}
+        made_for |= {"training": config.data.name_or_path, "autoencoder": config.autoencoder.name_or_path}
+        if not holds(path, made_for):
             training, reference = (
                 CheckedPictures(load_pictures(name, config.data.resolution), name)
                 for name in (config.data.name_or_path, self.config.reference)
@@ -296,7 +300,7 @@ class Comparison:
             for name, pictures in sets.items():
                 print(f"features of real pictures: {name}, {len(pictures)}")
                 tensors[name] = extract_features(pictures, self.extractor())[0]
-            write_aside(path, partial(save_file, tensors))
+            write_aside(path, partial(save_file, tensors, metadata=made_for))
         return load_file(path)
 
     def speed(self) -> dict[str, dict]:
@@ -391,6 +395,15 @@ class Comparison:
         config = self.entries[self.config.dmmd]
         pictures = load_pictures(config.data.name_or_path, config.data.resolution, config.data.image_column)
         return tensors["images"][chosen], torch.stack([pictures[i] for i in index[chosen].tolist()])
+
+
+def holds(path: Path, made_for: dict[str, str]) -> bool:
+    """Whether a file of tensors is there and was made for these settings."""
+    if not path.exists():
+        return False
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    return all(metadata.get(name) == value for name, value in made_for.items())
 
 
 def mean_of(result: dict, label: str, nfe: int, name: str = "frechet_distance") -> float | None:

@@ -318,11 +318,18 @@ PIPELINES = {cls.__name__: cls for cls in (LatentDMMDPipeline, LatentSchedulerPi
 
 
 def load_pipeline(folder: str | Path) -> LatentDMMDPipeline | LatentSchedulerPipeline:
-    """A saved pipeline, on the GPU if there is one. Raises ValueError if there is none in the folder."""
+    """A saved pipeline, on the GPU if there is one; safetensors and JSON alone are read.
+
+    Raises:
+        ValueError: If there is none of ours in the folder.
+        OSError: If it has no safetensors.
+    """
     index = Path(folder) / "model_index.json"
     if not index.exists():
         raise ValueError(f"no pipeline in {folder}; give the folder that training wrote, runs/NAME/pipeline")
     name = json.loads(index.read_text()).get("_class_name")
     if name not in PIPELINES:
         raise ValueError(f"{folder} holds a {name}, not one of {', '.join(PIPELINES)}")
-    return PIPELINES[name].from_pretrained(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    return (
+        PIPELINES[name].from_pretrained(folder, use_safetensors=True).to("cuda" if torch.cuda.is_available() else "cpu")
+    )

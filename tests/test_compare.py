@@ -98,6 +98,8 @@ def test_a_tiny_report_end_to_end(settings):
     again.results()
     changed = {path.name for path, stamp in stamps(comparison.folder).items() if before[path] != stamp}
     assert changed == {"nfe-1-seed-0.safetensors"}
+    larger = Comparison(CompareConfig(**{**settings, "num_images": 7}))
+    assert len(compare.load_file(larger.samples()["gaussian"][0, 0])["features"]) == 7
     longer = Comparison(CompareConfig(**{**settings, "num_steps": 3}))
     longer.train()
     result = longer.results()

@@ -1,6 +1,9 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from latent_dmmd import FeatureNet, LatentDMMDPipeline, MeanEmbeddings
 from latent_dmmd.pipeline import load_pipeline
@@ -146,4 +149,29 @@ def test_refuses_an_autoencoder_of_other_latents(pipe):
 def test_load_pipeline_refuses_what_is_not_ours(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     with pytest.raises(ValueError, match="holds a StableDiffusionPipeline"):
+        load_pipeline(tmp_path)
+
+
+ASSETS = Path(__file__).parents[1] / "latent_dmmd" / "assets"
+
+
+@pytest.mark.parametrize("folder", sorted(ASSETS.glob("elpv-*")), ids=lambda path: path.name)
+def test_bundled_pipelines_make_pictures(folder):
+    pipe = load_pipeline(folder)
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(2, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert images.shape == (2, 3, 256, 256) and 0.05 < images.std() < 0.5
+    assert "cc-by-nc-sa-4.0" in (folder / "README.md").read_text()
+
+
+def test_bundled_pipelines_are_small():
+    assert sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()) < 30e6
+
+
+def test_pickled_weights_are_refused(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    for path in tmp_path.rglob("*.safetensors"):
+        torch.save(load_file(path), path.with_suffix(".bin"))
+        path.unlink()
+    with pytest.raises(OSError):
         load_pipeline(tmp_path)
