@@ -398,6 +398,12 @@ def model_card(config: Config, num_pictures: int) -> str:
         if elpv
         else "The weights derive from the data below and follow their terms."
     )
+    where = "in the latent space of a frozen autoencoder" if config.autoencoder.name_or_path else "on pixels"
+    titles = {"flow-matching": "Flow matching", "ddpm": "DDPM", "mmd-gan": "MMD-GAN"}
+    title = titles.get(config.objective.name, "Deep MMD gradient flow")
+    what = "A baseline that generates"
+    if config.objective.name not in titles:
+        what = "Noise-conditional features whose MMD gradient flow generates"
     settings = yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True)
     return f"""---
 library_name: diffusers
@@ -405,17 +411,17 @@ license: {licence}
 pipeline_tag: unconditional-image-generation
 ---
 
-# Latent DMMD
+# {title}
 
-Noise-conditional features whose MMD gradient flow generates {config.data.resolution}×{config.data.resolution}
-pictures in the latent space of a frozen autoencoder. {terms}
+{what} {config.data.resolution}×{config.data.resolution} pictures
+{where}. {terms}
 
 Trained on {num_pictures} pictures of `{config.data.name_or_path}`.
 
 ```python
-from latent_dmmd import LatentDMMDPipeline
+from latent_dmmd.pipeline import load_pipeline
 
-pipe = LatentDMMDPipeline.from_pretrained("THIS_FOLDER")
+pipe = load_pipeline("THIS_FOLDER")
 image = pipe().images[0]
 ```
 
