@@ -158,9 +158,7 @@ class MMDGAN(DMMD):
         phi_0, phi_g = self.both_features(batch, x_g)
         value = self.discrepancy.value(phi_g, phi_0).mean()
         (descent,) = torch.autograd.grad(value, x_g, retain_graph=True)
-        gradient = self.witness_gradient(batch, x_g, self.discrepancy.witness(phi_g, phi_0))
-        norm = (gradient.square().sum(-1) + 1e-12).sqrt()
-        penalty = self.gradient_weight * (norm - self.gradient_center).square().mean()
+        penalty, norm = self.gradient_penalty(batch, x_g, phi_0, phi_g)
         named = {self.discrepancy.name: value, "gradient_penalty": penalty, "gradient_norm": norm.mean()}
         # the critic sees `x_g`, a constant; the generator gets the gradient of the value, and not that of the penalty
         total = penalty - value + (descent * generated).sum()

@@ -38,7 +38,7 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 from torch_fidelity import FeatureExtractorBase
 
 from latent_dmmd.baselines import GaussianFit
@@ -49,6 +49,7 @@ from latent_dmmd.evaluation import (
     EXTRACTORS,
     CheckedPictures,
     Extractor,
+    Reconstructions,
     extract_features,
     frechet_distance,
     load_extractor,
@@ -56,7 +57,7 @@ from latent_dmmd.evaluation import (
     nearest,
     score_features,
 )
-from latent_dmmd.latents import Autoencoder, load_autoencoder, reconstruct, standardise, to_uint8
+from latent_dmmd.latents import load_autoencoder, standardise, to_uint8
 from latent_dmmd.pipeline import LatentPipeline, load_pipeline
 from latent_dmmd.training import (
     Trainer,
@@ -271,7 +272,7 @@ class Comparison:
         images = draw(self.config.num_images, torch.Generator().manual_seed(seed))
         seconds = time.perf_counter() - start
         images_uint8 = to_uint8(images.cpu() * 2 - 1)
-        features, _ = extract_features(CheckedPictures(images_uint8, label), self.extractor())
+        features, _ = extract_features(CheckedPictures(images_uint8, label), self.extractor)
         tensors = {"features": features, "images": images_uint8[:NUM_SHOWN].contiguous()}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_aside(path, partial(save_file, tensors, metadata=made_for | {"seconds": str(seconds)}))
@@ -293,13 +294,13 @@ class Comparison:
             sets = {
                 "training": training,
                 "reference": reference,
-                "reconstructions": Reconstructed(vae, reference),
-                "reconstructed_training": Reconstructed(vae, some),
+                "reconstructions": Reconstructions(vae, reference),
+                "reconstructed_training": Reconstructions(vae, some),
             }
             tensors = {}
             for name, pictures in sets.items():
                 print(f"features of real pictures: {name}, {len(pictures)}")
-                tensors[name] = extract_features(pictures, self.extractor())[0]
+                tensors[name] = extract_features(pictures, self.extractor)[0]
             write_aside(path, partial(save_file, tensors, metadata=made_for))
         return load_file(path)
 
@@ -312,12 +313,9 @@ class Comparison:
         return json.loads(path.read_text())
 
     @cached_property
-    def _extractor(self) -> FeatureExtractorBase:
-        return load_extractor(self.config.extractor)
-
     def extractor(self) -> FeatureExtractorBase:
         """The network whose features are compared, loaded when it is needed first."""
-        return self._extractor
+        return load_extractor(self.config.extractor)
 
     # results
 
@@ -453,19 +451,6 @@ def goals(result: dict) -> list[dict]:
     return found
 
 
-class Reconstructed(Dataset):
-    """decode(encode(·)) of a set of pictures."""
-
-    def __init__(self, vae: Autoencoder, pictures: Dataset) -> None:
-        self.vae, self.pictures = vae, pictures
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, i: int) -> Tensor:
-        return reconstruct(self.vae, self.pictures[i][None])[0]
-
-
 def generate(pipe: Callable[[], LatentPipeline], how: dict, n: int, generator: torch.Generator) -> Tensor:
     """Pictures in [0, 1], all particles in one chunk: the exact witness needs no second forward then."""
     return pipe()(n, generator=generator, chunk_size=None, output_type="pt", **how).images
@@ -531,7 +516,7 @@ def step_costs(configs: dict[str, Config], repeats: int = 5) -> dict[str, dict]:
         side, generator = config.data.resolution, torch.Generator().manual_seed(0)
         if config.autoencoder.name_or_path:
             vae = load_autoencoder(config.autoencoder.name_or_path, accelerator.device)
-            z = torch.randn(64, 1, *probe_latents(vae, side).shape[1:], generator=generator).cpu()
+            z = torch.randn(64, 1, *probe_latents(vae, side).shape[1:], generator=generator)
             cache = LatentCache(z, None, torch.zeros(z.shape[2]), torch.ones(z.shape[2]))
         else:
             pictures = torch.randint(256, (64, 3, side, side), dtype=torch.uint8, generator=generator)

@@ -48,6 +48,8 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
+from latent_dmmd.latents import Autoencoder, reconstruct
+
 NUM_NEIGHBOURS = 3
 NUM_KID_SUBSETS = 100
 NUM_SCORE_SPLITS = 10
@@ -300,6 +302,19 @@ class CheckedPictures(Dataset):
             sizes = ["{2} × {1}".format(*shape) for shape in (picture.shape, self.shape)]
             raise ValueError(f"{self.name} picture {i} is {sizes[0]} pixels, not {sizes[1]}; resize all sets alike")
         return picture
+
+
+class Reconstructions(Dataset):
+    """decode(encode(·)) of a set of pictures by a frozen autoencoder."""
+
+    def __init__(self, vae: Autoencoder, pictures: Dataset) -> None:
+        self.vae, self.pictures = vae, pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return reconstruct(self.vae, self.pictures[i][None])[0]
 
 
 def extract_features(pictures: Dataset, net: FeatureExtractorBase, batch_size: int = 64) -> tuple[Tensor, ...]:

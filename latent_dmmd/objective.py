@@ -162,9 +162,7 @@ class DMMD(Objective):
         x_t = self.noisy(batch)
         phi_0, phi_t = self.both_features(batch, x_t)
         value = self.discrepancy.value(phi_t, phi_0).mean()
-        gradient = self.witness_gradient(batch, x_t, self.discrepancy.witness(phi_t, phi_0))
-        norm = (gradient.square().sum(-1) + 1e-12).sqrt()  # the plain norm has no derivative at 0
-        penalty = self.gradient_weight * (norm - self.gradient_center).square().mean()
+        penalty, norm = self.gradient_penalty(batch, x_t, phi_0, phi_t)
         features = self.feature_weight * (phi_0.square().sum(-1).mean() + phi_t.square().sum(-1).mean())
         named = {
             self.discrepancy.name: value,
@@ -173,6 +171,12 @@ class DMMD(Objective):
             "gradient_norm": norm.mean(),
         }
         return Terms(-value + penalty + features, {name: term.detach() for name, term in named.items()})
+
+    def gradient_penalty(self, batch: Batch, x_t: Tensor, phi_0: Tensor, phi_t: Tensor) -> tuple[Tensor, Tensor]:
+        """λ_∇ E (‖∇f_t(x̃_u)‖ − c)², and the norms, with shape (L, B)."""
+        gradient = self.witness_gradient(batch, x_t, self.discrepancy.witness(phi_t, phi_0))
+        norm = (gradient.square().sum(-1) + 1e-12).sqrt()  # the plain norm has no derivative at 0
+        return self.gradient_weight * (norm - self.gradient_center).square().mean(), norm
 
 
 class EmbeddingSource(nn.Module):

@@ -105,6 +105,13 @@ class LatentPipeline(DiffusionPipeline):
             raw = torch.cat([decode_pixels(self.vae, chunk) for chunk in raw.split(chunk_size or len(raw))])
         return self.image_processor.postprocess(raw, output_type=output_type)
 
+    def after_step(self, callback: Callable | None, i: int, t: float, z: Tensor) -> Tensor:
+        """The particles after a step: a callback sees them, and may replace them."""
+        if callback is None:
+            return z
+        returned = callback(self, i, t, {"latents": z})
+        return (returned or {}).get("latents", z)
+
     def output(self, z: Tensor, output_type: OutputType, chunk_size: int | None, return_dict: bool):
         """What a call returns for its final particles."""
         images = z if output_type == "latent" else self.decode(z, output_type, chunk_size)
@@ -210,10 +217,7 @@ class LatentDMMDPipeline(LatentPipeline):
 
             def after_step(i: int, step: FlowStep, z: Tensor) -> Tensor:
                 progress.update()
-                if callback_on_step_end is None:
-                    return z
-                returned = callback_on_step_end(self, i, levels[step.level], {"latents": z})
-                return (returned or {}).get("latents", z)
+                return self.after_step(callback_on_step_end, i, levels[step.level], z)
 
             z = gradient_flow(
                 self.feature_net,
@@ -308,9 +312,7 @@ class LatentSchedulerPipeline(LatentPipeline):
             t = (time / num_times).to(z)
             prediction = torch.cat([self.network(chunk, t) for chunk in z.split(chunk_size or len(z))])
             z = self.scheduler.step(prediction, time, z).prev_sample
-            if callback_on_step_end is not None:
-                returned = callback_on_step_end(self, i, t.item(), {"latents": z})
-                z = (returned or {}).get("latents", z)
+            z = self.after_step(callback_on_step_end, i, t.item(), z)
         return self.output(z, output_type, chunk_size, return_dict)
 
 

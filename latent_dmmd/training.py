@@ -71,14 +71,24 @@ def draw_batch(
     return Batch(x_0, level, eps, torch.rand(num_levels, num_pairs, generator=generator))
 
 
-def prepare_run_folder(config: Config) -> Path:
-    """Create the run folder. Raises ConfigError if it holds a run of another configuration, or foreign files."""
+def prepare_run_folder(config: Config, may_differ: tuple[str, ...] = ()) -> Path:
+    """Create the run folder. Raises ConfigError if it holds a run of another configuration, or foreign files.
+
+    Args:
+        config: With an `output_dir`.
+        may_differ: Keys that may have changed since the run was started, besides those that never matter.
+    """
     folder = Path(config.output_dir)
     saved = folder / "config.yaml"
     if saved.exists():
-        harmless = ("sampling.", "training.checkpoint", "training.log", "data.num_workers", "data.cache_dir")
-        if config.training.learning_rate_schedule == "constant":
-            harmless += ("training.num_steps",)  # nothing before depends on it
+        harmless = (
+            "sampling.",
+            "training.checkpoint",
+            "training.log",
+            "data.num_workers",
+            "data.cache_dir",
+            *may_differ,
+        )
         changed = [name for name in differing_keys(config, saved) if not name.startswith(harmless)]
         if changed:
             raise ConfigError(f"{folder} holds a run with another {', '.join(changed)}; choose another --output_dir")
@@ -280,7 +290,9 @@ def train(config: Config) -> Path:
     shape = tuple(probe_latents(vae, resolution).shape[1:]) if vae else (3, resolution, resolution)
     trainer = Trainer(config, shape, accelerator)
     with accelerator.main_process_first():
-        folder = prepare_run_folder(config)
+        # at a constant learning rate nothing that was trained depends on the number of steps
+        constant = options.learning_rate_schedule == "constant"
+        folder = prepare_run_folder(config, ("training.num_steps",) if constant else ())
     resume_from = checkpoint_to_resume(config, folder)
 
     # load

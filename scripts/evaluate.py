@@ -9,22 +9,11 @@ from argparse import ArgumentError
 import torch
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 from latent_dmmd.data import load_pictures
-from latent_dmmd.evaluation import evaluate
-from latent_dmmd.latents import BUNDLED_AUTOENCODER, load_autoencoder, reconstruct
-
-
-class Reconstructions(Dataset):
-    def __init__(self, name_or_path: str, pictures: Dataset) -> None:
-        self.vae, self.pictures = load_autoencoder(name_or_path), pictures
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, i: int) -> torch.Tensor:
-        return reconstruct(self.vae, self.pictures[i][None])[0]
+from latent_dmmd.evaluation import Reconstructions, evaluate
+from latent_dmmd.latents import BUNDLED_AUTOENCODER, load_autoencoder
 
 
 def main() -> None:
@@ -45,7 +34,7 @@ def main() -> None:
         draw = torch.Generator().manual_seed(args.seed)
         sets = [Subset(s, torch.randperm(len(s), generator=draw)[: args.num_images].tolist()) for s in sets]
     autoencoder = args.autoencoder or (BUNDLED_AUTOENCODER if args.reference.startswith("elpv") else None)
-    reconstructions = Reconstructions(autoencoder, sets[1]) if autoencoder else None
+    reconstructions = Reconstructions(load_autoencoder(autoencoder), sets[1]) if autoencoder else None
     options = {key: args[key] for key in keys}
     scores = evaluate(*sets, reconstructions=reconstructions, floor_pictures=floor, **options)
     print(scores)
