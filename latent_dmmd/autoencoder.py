@@ -24,15 +24,9 @@ from einops import reduce
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from latent_dmmd.checkpoints import checkpoint_to_resume, load_checkpoint, save_checkpoint
 from latent_dmmd.config import check, save_config
-from latent_dmmd.training import (
-    MetricsFile,
-    check_finite,
-    checkpoints_in,
-    learning_rate_at,
-    prepare_run_folder,
-    save_checkpoint,
-)
+from latent_dmmd.training import MetricsFile, check_finite, learning_rate_at, prepare_run_folder
 
 
 @dataclass
@@ -204,14 +198,11 @@ def train_autoencoder(images_uint8: Tensor, config: AutoencoderTrainingConfig) -
     vae, discriminator, optimizer, optimizer_d = accelerator.prepare(vae, discriminator, optimizer, optimizer_d)
     ema = EMAModel(vae.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
     ema.to(accelerator.device)
-    accelerator.register_for_checkpointing(ema)
 
-    checkpoints = checkpoints_in(output_dir)
-    first_step = 0
-    if checkpoints:
-        accelerator.load_state(checkpoints[-1])
-        first_step = int(checkpoints[-1].name.split("-")[1])
-        accelerator.print(f"resuming from {checkpoints[-1]}")
+    first_step, resume_from = 0, checkpoint_to_resume(output_dir, "latest", config.num_steps)
+    if resume_from is not None:
+        first_step = load_checkpoint(accelerator, vae, ema, resume_from)
+        accelerator.print(f"resuming from {resume_from}")
 
     progress = tqdm(range(first_step, config.num_steps), initial=first_step, total=config.num_steps, desc="autoencoder")
     metrics = MetricsFile(output_dir / "metrics.jsonl", first_step, accelerator.is_main_process)
@@ -264,7 +255,7 @@ def train_autoencoder(images_uint8: Tensor, config: AutoencoderTrainingConfig) -
             progress.set_postfix(figures)
             metrics.write({"step": done, **figures})
         if done % config.checkpointing_steps == 0 or done == config.num_steps:
-            save_checkpoint(accelerator, output_dir, done, limit=2)
+            save_checkpoint(accelerator, vae, ema, output_dir, done, limit=2)
     averaged = build_autoencoder()
     ema.copy_to(averaged.parameters())
     averaged.half().save_pretrained(output_dir / "autoencoder")

@@ -42,9 +42,10 @@ from torch.utils.data import Subset
 from torch_fidelity import FeatureExtractorBase
 
 from latent_dmmd.baselines import GaussianFit
+from latent_dmmd.cache import LatentCache, PixelCache
 from latent_dmmd.complexity import measure
 from latent_dmmd.config import Config, ConfigError, check, parse_config, save_config
-from latent_dmmd.data import LatentCache, PixelCache, load_pictures, write_aside
+from latent_dmmd.data import load_pictures, write_aside
 from latent_dmmd.evaluation import (
     EXTRACTORS,
     CheckedPictures,
@@ -208,11 +209,12 @@ class Comparison:
 
     # sampling
 
-    def samplers(self, name: str) -> tuple[str | None, ...]:
-        """How an entry is sampled."""
+    def labels(self, name: str) -> dict[str, str | None]:
+        """What the ways are called in which an entry is sampled, and DMMD's sampler."""
         if self.entries[name].objective.name not in ("witness-matching", "dmmd"):
-            return (None,)
-        return ("exact",) if name in self.config.few else ("exact", "approximate")
+            return {name: None}
+        samplers = ("exact",) if name in self.config.few else ("exact", "approximate")
+        return {f"{name} {sampler}": sampler for sampler in samplers}
 
     def sets(self, name: str) -> list[tuple[int, int]]:
         """NFE and seed of every set of an entry."""
@@ -236,12 +238,11 @@ class Comparison:
         files, steps = {}, self.num_steps()
         for name in self.config.entries:
             pipe = cached(lambda name=name: load_pipeline(self.folder / "runs" / name / "pipeline"))
-            for sampler in self.samplers(name):
-                label = " ".join(filter(None, (name, sampler)))
+            for label, sampler in self.labels(name).items():
                 folder = self.folder / "samples" / label.replace(" ", "-") / f"{steps[name]}-steps"
                 files[label] = {key: folder / "nfe-{}-seed-{}.safetensors".format(*key) for key in self.sets(name)}
                 for (nfe, seed), path in files[label].items():
-                    how = {"num_inference_steps": nfe} | ({"sampler": sampler} if sampler else {})
+                    how = {"num_inference_steps": nfe} | sampler_option(sampler)
                     self.make_set(path, f"{label}, {nfe} NFE", seed, partial(generate, pipe, how))
         folder = self.folder / "samples" / GAUSSIAN
         files[GAUSSIAN] = {(0, seed): folder / f"seed-{seed}.safetensors" for seed in self.config.seeds}
@@ -260,7 +261,7 @@ class Comparison:
         return lambda n, generator: pipe.decode(fit.draw(n, generator).to(pipe.device), "pt")
 
     def make_set(self, path: Path, label: str, seed: int, draw: Callable[[int, torch.Generator], Tensor]) -> None:
-        """Features of generated pictures, the first pictures, and the seconds that they took, in a file.
+        """Features of generated pictures, and the first pictures, in a file.
 
         Nothing is done if the file holds as many pictures, seen by the same network.
         """
@@ -268,14 +269,12 @@ class Comparison:
         if holds(path, made_for):
             return
         print(f"{label}, seed {seed}: {self.config.num_images} pictures")
-        start = time.perf_counter()
         images = draw(self.config.num_images, torch.Generator().manual_seed(seed))
-        seconds = time.perf_counter() - start
         images_uint8 = to_uint8(images.cpu() * 2 - 1)
         features, _ = extract_features(CheckedPictures(images_uint8, label), self.extractor)
         tensors = {"features": features, "images": images_uint8[:NUM_SHOWN].contiguous()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_aside(path, partial(save_file, tensors, metadata=made_for | {"seconds": str(seconds)}))
+        write_aside(path, partial(save_file, tensors, metadata=made_for))
 
     def real(self) -> dict[str, Tensor]:
         """Features of real pictures: `training`, `reference`, and these through the autoencoder (`reconstructions`),
@@ -305,12 +304,21 @@ class Comparison:
         return load_file(path)
 
     def speed(self) -> dict[str, dict]:
-        """Seconds of one NFE a picture, without decoding, of DMMD's samplers and the baseline, taking turns; and of
-        decoding."""
+        """Seconds of one NFE a picture, without decoding, for every label, and of decoding one; measured in turns."""
         path = self.folder / "speed.json"
-        if not path.exists():
-            write_json(path, in_a_process(sampling_costs, self.folder / "runs", self.config.dmmd, self.config.baseline))
-        return json.loads(path.read_text())
+        known = json.loads(path.read_text()) if path.exists() else {}
+        ways = {label: (name, how) for name in self.config.entries for label, how in self.labels(name).items()}
+        if not {*ways, "decode"} <= set(known):
+            # all of them again: only figures of one measurement are compared
+            known = in_a_process(sampling_costs, self.folder / "runs", ways, self.config.dmmd)
+            write_json(path, known)
+        return known
+
+    def seconds_per_picture(self, label: str, nfe: int) -> float:
+        """What a picture takes by these, decoding included."""
+        on_pixels = [name for name, entry in self.entries.items() if entry.autoencoder.name_or_path is None]
+        decoding = 0 if any(label in self.labels(name) for name in on_pixels) else self.speed()["decode"]["seconds"]
+        return decoding + (nfe * self.speed()[label]["seconds"] if label != GAUSSIAN else 0)
 
     @cached_property
     def extractor(self) -> FeatureExtractorBase:
@@ -321,7 +329,7 @@ class Comparison:
 
     def results(self) -> dict:
         """Everything that the report shows, but for the pictures."""
-        config, steps, seconds = self.config, self.num_steps(), self.seconds_per_step()
+        config, steps, step_seconds = self.config, self.num_steps(), self.seconds_per_step()
         files, real, speed = self.samples(), self.real(), self.speed()
         costs = json.loads((self.folder / "costs.json").read_text())
         entries = {}
@@ -330,8 +338,8 @@ class Comparison:
             entries[name] = {
                 "num_parameters": costs[name]["num_parameters"],
                 "num_steps": steps[name],
-                "seconds_per_step": seconds[name],
-                "training_minutes": steps[name] * seconds[name] / 60,
+                "seconds_per_step": step_seconds[name],
+                "training_minutes": steps[name] * step_seconds[name] / 60,
                 "peak_mb": record["peak_mb"],
                 "keys": merged(config.common, config.entries[name]),
             }
@@ -339,7 +347,9 @@ class Comparison:
         for label, sets in files.items():
             for nfe in sorted({nfe for nfe, _ in sets}):
                 paths = [path for (n, _), path in sets.items() if n == nfe]
-                rows.append({"label": label, "nfe": nfe, **self.scores(paths, real)})
+                seconds = self.seconds_per_picture(label, nfe)
+                scores = self.scores(paths, real)
+                rows.append({"label": label, "nfe": nfe, "seconds_per_picture": seconds, **scores})
         order = torch.randperm(len(real["training"]), generator=torch.Generator().manual_seed(0))
         n, m = config.num_images, len(real["reference"])
         half = len(order) // 2
@@ -376,9 +386,7 @@ class Comparison:
             features = load_file(path)["features"]
             score = score_features(features, real["reference"])
             memorised = memorised_share(features, real["training"], real["reference"])
-            with safe_open(path, "pt") as file:
-                seconds = float(file.metadata()["seconds"]) / self.config.num_images
-            scores.append(score | {"memorised_share": memorised, "seconds_per_picture": seconds})
+            scores.append(score | {"memorised_share": memorised})
         return {name: [score[name] for score in scores] for name in scores[0]}
 
     def pictures(self, label: str, nfe: int) -> Tensor:
@@ -442,9 +450,9 @@ def goals(result: dict) -> list[dict]:
     goal(text, lambda: mean_of(result, pixel, 100) / mean_of(result, exact, 100), 2, "≥")
     goal(f"{exact}, 100 NFE ÷ reconstruction, distance", lambda: mean_of(result, exact, 100) / reconstruction, 2)
     seconds = {name: cost["seconds"] for name, cost in result["speed"].items()}
-    for sampler, aim in (("exact", 3.2), ("approximate", 3.0)):
-        text = f"{settings['dmmd']} {sampler} ÷ {baseline}, time of one NFE a picture"
-        goal(text, lambda: seconds[sampler] / seconds["baseline"], aim)  # noqa: B023
+    for label, aim in ((exact, 3.2), (stored, 3.0)):
+        text = f"{label} ÷ {baseline}, time of one NFE a picture"
+        goal(text, lambda: seconds[label] / seconds[baseline], aim)  # noqa: B023
     for label in (exact, stored):
         text = f"{label}, 100 NFE, share of memorised pictures"
         goal(text, lambda: mean_of(result, label, 100, "memorised_share"), 0.02)  # noqa: B023
@@ -456,23 +464,28 @@ def generate(pipe: Callable[[], LatentPipeline], how: dict, n: int, generator: t
     return pipe()(n, generator=generator, chunk_size=None, output_type="pt", **how).images
 
 
-def sampling_costs(runs: Path, dmmd: str, baseline: str, nfe: int = 10, num_images: int = 32) -> dict[str, dict]:
-    """Seconds and peak memory of one NFE a picture, for both samplers of DMMD and the baseline; and of decoding one."""
-    pipes = {name: load_pipeline(runs / name / "pipeline") for name in (dmmd, baseline)}
+def sampler_option(sampler: str | None) -> dict:
+    """The argument of a pipeline's call that names DMMD's sampler."""
+    return {} if sampler is None else {"sampler": sampler}
+
+
+def sampling_costs(
+    runs: Path, ways: dict[str, tuple[str, str | None]], dmmd: str, nfe: int = 5, num_images: int = 32
+) -> dict[str, dict]:
+    """Seconds and peak memory of one NFE a picture for every way, an entry and a sampler; and of decoding one."""
+    pipes = {name: load_pipeline(runs / name / "pipeline") for name in {dmmd, *(name for name, _ in ways.values())}}
     for pipe in pipes.values():
         pipe.set_progress_bar_config(disable=True)
     how = {"num_inference_steps": nfe, "output_type": "latent", "chunk_size": None}
-    device = pipes[dmmd].device
     z = pipes[dmmd].initial_particles(num_images, torch.Generator().manual_seed(0), None)
     tasks = {
-        "exact": lambda: pipes[dmmd](num_images, sampler="exact", **how),
-        "approximate": lambda: pipes[dmmd](num_images, sampler="approximate", **how),
-        "baseline": lambda: pipes[baseline](num_images, **how),
-        "decode": lambda: pipes[dmmd].decode(z, "pt"),
+        label: partial(pipes[name], num_images, **how, **sampler_option(sampler))
+        for label, (name, sampler) in ways.items()
     }
-    costs = measure(tasks, device, repeats=7)
-    each = {name: num_images * (1 if name == "decode" else nfe) for name in tasks}
-    return {name: {"seconds": cost.seconds / each[name], "peak_mb": cost.peak_mb} for name, cost in costs.items()}
+    tasks["decode"] = partial(pipes[dmmd].decode, z, "pt")
+    costs = measure(tasks, pipes[dmmd].device, repeats=7)
+    each = {label: num_images * (1 if label == "decode" else nfe) for label in tasks}
+    return {label: {"seconds": cost.seconds / each[label], "peak_mb": cost.peak_mb} for label, cost in costs.items()}
 
 
 def machine() -> dict:
@@ -517,7 +530,7 @@ def step_costs(configs: dict[str, Config], repeats: int = 5) -> dict[str, dict]:
         if config.autoencoder.name_or_path:
             vae = load_autoencoder(config.autoencoder.name_or_path, accelerator.device)
             z = torch.randn(64, 1, *probe_latents(vae, side).shape[1:], generator=generator)
-            cache = LatentCache(z, None, torch.zeros(z.shape[2]), torch.ones(z.shape[2]))
+            cache = LatentCache(((z, None),), torch.zeros(z.shape[2]), torch.ones(z.shape[2]))
         else:
             pictures = torch.randint(256, (64, 3, side, side), dtype=torch.uint8, generator=generator)
             cache = PixelCache(pictures, config.data.horizontal_flip, torch.zeros(3), torch.ones(3))

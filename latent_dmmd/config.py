@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from latent_dmmd.data import OnBadImage
+from latent_dmmd.data import OnBadImage, write_aside
 from latent_dmmd.discrepancy import get_discrepancy
 from latent_dmmd.flow import Sampler
 from latent_dmmd.forward import FORWARD_PROCESSES
@@ -41,6 +41,7 @@ class DataConfig:
         on_bad_image: What to do about a picture that cannot be read: "error" or "skip".
         cache_dir: Folder of the encoded pictures; one named by its contents if null.
         num_workers: Processes that decode pictures while they are encoded.
+        streaming: Whether tables and hub data are read as they come, without a copy on the disk.
     """
 
     name_or_path: str = "elpv:train"
@@ -50,6 +51,7 @@ class DataConfig:
     on_bad_image: OnBadImage = "error"
     cache_dir: str | None = None
     num_workers: int = 0
+    streaming: bool = False
 
     def __post_init__(self) -> None:
         if self.name_or_path == "elpv":
@@ -353,8 +355,9 @@ def as_dict(config: object) -> dict:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved configuration."""
-    path.write_text(yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True))
+    """Write the resolved configuration. Raises OSError if it cannot be written."""
+    text = yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True)
+    write_aside(path, lambda aside: aside.write_text(text))
 
 
 def differing_keys(config: Config, path: Path) -> list[str]:

@@ -1,36 +1,26 @@
-"""Data sets of pictures, and the cache of their latents.
-
-`load_pictures` turns a name into square RGB pictures; `cache_latents` encodes them once with a frozen autoencoder.
-Latents of a mirrored picture are not mirrored latents, so the cache holds each orientation as its own encoding.
-"""
+"""Data sets of pictures: `load_pictures` turns a name into square RGB pictures, each of which is right or named."""
 
 import hashlib
-import json
 import os
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import datasets
 import numpy as np
 import torch
-from accelerate import PartialState
 from PIL import Image, ImageOps, UnidentifiedImageError
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
-
-from latent_dmmd.latents import Autoencoder, autoencoder_hash, encode_moments, standardise, to_pixels
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 OnBadImage = Literal["error", "skip"]
-CACHE_FORMAT = 1
+Table = datasets.Dataset | datasets.IterableDataset
 SKIP_HINT = "pass --data.on_bad_image skip to leave out pictures that cannot be read"
 
 
@@ -113,8 +103,99 @@ class PictureDataset(Dataset):
             raise IndexError(index)
         return read_picture(self.read(index), self.resolution, self.names[index])
 
+    def batches(
+        self, start: int, count: int, batch_size: int, num_workers: int = 0
+    ) -> Iterator[list[tuple[str, Tensor | DataError]]]:
+        """Lists of (name, picture), or (name, error) where it cannot be read, from `start` on, `count` at most."""
+        indices = range(start, min(start + count, len(self)))
+        return iter(DataLoader(PicturesOrErrors(self, indices), batch_size, num_workers=num_workers, collate_fn=list))
 
-def load_pictures(name_or_path: str, resolution: int = 256, image_column: str = "image") -> PictureDataset:
+    def examples(self, count: int, seed: int, skipped: tuple[str, ...] = ()) -> Tensor:
+        """Random pictures, none of the skipped, with shape (count, 3, R, R)."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+        readable = (i for i in order if self.names[i] not in skipped)
+        return torch.stack([self[i] for i in islice(readable, count)])
+
+
+class PicturesOrErrors(Dataset):
+    """(name, picture) at the given indices, or (name, error) where it cannot be read.
+
+    The error is returned because a DataLoader puts the traceback of its worker into what it raises.
+    """
+
+    def __init__(self, pictures: PictureDataset, indices: range) -> None:
+        self.pictures, self.indices = pictures, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> tuple[str, Tensor | DataError]:
+        index = self.indices[i]
+        try:
+            return self.pictures.names[index], self.pictures[index]
+        except DataError as error:
+            return self.pictures.names[index], error
+
+
+class PictureStream:
+    """Pictures that are read in order, as they come, and whose number is known at the end only.
+
+    Args:
+        name: What the data are called; pictures are its numbered items.
+        table: The stream, whose cells are not decoded.
+        image_column: The column of pictures.
+        resolution: R.
+        fingerprint: Changes whenever the data do.
+    """
+
+    def __init__(
+        self, name: str, table: datasets.IterableDataset, image_column: str, resolution: int, fingerprint: str
+    ) -> None:
+        self.name, self.table, self.image_column = name, table, image_column
+        self.resolution, self.fingerprint = resolution, fingerprint
+        self.position, self.rows = 0, iter(table)
+
+    def batches(
+        self, start: int, count: int, batch_size: int, num_workers: int = 0
+    ) -> Iterator[list[tuple[str, Tensor | DataError]]]:
+        """As of `PictureDataset`; reading goes on where it was if that is `start`. Pictures are decoded here, whatever
+        `num_workers`."""
+        if start != self.position:
+            self.position, self.rows = start, iter(self.table.skip(start))
+        for first in range(start, start + count, batch_size):
+            rows = list(islice(self.rows, min(batch_size, start + count - first)))
+            self.position += len(rows)
+            if not rows:
+                return
+            yield [self.decoded(first + i, row) for i, row in enumerate(rows)]
+
+    def decoded(self, index: int, row: dict) -> tuple[str, Tensor | DataError]:
+        name = f"{self.name}[{index}]"
+        try:
+            return name, read_picture(cell_source(row[self.image_column]), self.resolution, name)
+        except DataError as error:
+            return name, error
+
+    def examples(self, count: int, seed: int, skipped: tuple[str, ...] = ()) -> Tensor:
+        """The first pictures, none of the skipped, with shape (count, 3, R, R)."""
+        batches = self.batches(0, count + len(skipped), count)
+        pictures = [picture for items in batches for name, picture in items if isinstance(picture, Tensor)]
+        return torch.stack(pictures[:count])
+
+
+Pictures = PictureDataset | PictureStream
+
+
+def cell_source(cell: dict | None) -> str | bytes:
+    """The file or the bytes that an undecoded cell of pictures stands for."""
+    if cell is None:
+        return b""
+    return cell["bytes"] if cell["bytes"] is not None else cell["path"]
+
+
+def load_pictures(
+    name_or_path: str, resolution: int = 256, image_column: str = "image", streaming: bool = False
+) -> Pictures:
     """A data set of pictures by name.
 
     Args:
@@ -123,52 +204,77 @@ def load_pictures(name_or_path: str, resolution: int = 256, image_column: str = 
             default.
         resolution: Side of the pictures in pixels.
         image_column: The column that holds pictures, for tables and hub data.
+        streaming: Whether tables and hub data are read as they come, without a copy on the disk; pictures in files are
+            never copied.
 
     Raises:
         DataError: If there is no such data, or it holds no pictures.
     """
     name, _, split = name_or_path.partition(":")
     if name == "elpv":
-        return pictures_in_files(elpv_files(split or "all"), resolution)
+        return pictures_in_files([str(p) for p in elpv_files(split or "all")], resolution)
     path = Path(name_or_path)
     if path.is_dir():
-        paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and not p.is_dir())
+        paths = sorted(files_below(str(path)))
         if not paths:
             raise DataError(f"no pictures in {path}: looked for {', '.join(sorted(PICTURE_SUFFIXES))}")
         return pictures_in_files(paths, resolution)
     if path.suffix in (".parquet", ".arrow"):
         if not path.exists():
             raise DataError(f"no file {path}")
-        table = load_table(name_or_path, path.suffix[1:], data_files=str(path), split="train")
+        split, source = "train", dict(path=path.suffix[1:], data_files=str(path))
     elif path.is_absolute() or name_or_path.startswith(".") or path.exists():
         raise DataError(f"no folder {path}; give a folder of pictures, a parquet file, elpv:train, or a hub name")
     else:
-        table = load_table(name_or_path, name, split=split or "train")
+        split, source = split or "train", dict(path=name)
+    if streaming:
+        return streamed_pictures(name_or_path, source, split, resolution, image_column)
+    with naming_tables(name_or_path):
+        table = datasets.load_dataset(**source, split=split)
     if not len(table):
         raise DataError(f"no pictures in {name_or_path}")
+    table = undecoded(table, name_or_path, image_column)
+    names = [f"{name_or_path}[{i}]" for i in range(len(table))]
+    return PictureDataset(names, lambda i: cell_source(table[i][image_column]), resolution, table._fingerprint)
+
+
+def streamed_pictures(name_or_path: str, source: dict, split: str, resolution: int, image_column: str) -> PictureStream:
+    """A stream of pictures. Its fingerprint is that of the files the stream reads. Raises DataError like
+    `load_pictures`."""
+    with naming_tables(name_or_path):
+        builder = datasets.load_dataset_builder(**source)
+        table = builder.as_streaming_dataset(split=split)
+        table = table if table.column_names else table._resolve_features()
+    if not table.column_names:
+        raise DataError(f"no pictures in {name_or_path}")
+    fingerprint = f"{builder.config_id} {builder.hash} {split}"
+    table = undecoded(table, name_or_path, image_column)
+    try:  # a stream is cast when it is read
+        cell_source(next(iter(table))[image_column])
+    except StopIteration:
+        raise DataError(f"no pictures in {name_or_path}") from None
+    except Exception as error:  # pyarrow has types of its own
+        raise DataError(f"column {image_column!r} of {name_or_path} holds no pictures: {one_line(error)}") from error
+    return PictureStream(name_or_path, table, image_column, resolution, fingerprint)
+
+
+@contextmanager
+def naming_tables(name_or_path: str) -> Iterator[None]:
+    """Context that reads a table. Raises DataError if it cannot be had."""
+    try:
+        yield
+    except Exception as error:  # datasets raises a dozen types
+        raise DataError(f"{name_or_path} is no folder, and no data set: {one_line(error)}") from error
+
+
+def undecoded(table: Table, name_or_path: str, image_column: str) -> Table:
+    """The column of pictures alone, as bytes or file names. Raises DataError if there is none."""
     if image_column not in table.column_names:
         raise DataError(f"{name_or_path} has no column {image_column!r}; it has {', '.join(table.column_names)}")
     try:
-        table = table.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
+        return table.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise DataError(f"column {image_column!r} of {name_or_path} holds no pictures: {one_line(error)}") from error
-
-    def read(index: int) -> str | bytes:
-        cell = table[index][image_column]
-        if cell is None:
-            return b""
-        return cell["bytes"] if cell["bytes"] is not None else cell["path"]
-
-    names = [f"{name_or_path}[{i}]" for i in range(len(table))]
-    return PictureDataset(names, read, resolution, table._fingerprint)
-
-
-def load_table(name_or_path: str, *args: str, **options: str) -> datasets.Dataset:
-    """`datasets.load_dataset` of a file or a hub name. Raises DataError if it cannot be had."""
-    try:
-        return datasets.load_dataset(*args, **options)
-    except Exception as error:  # datasets raises a dozen types
-        raise DataError(f"{name_or_path} is no folder, and no data set: {one_line(error)}") from error
 
 
 def elpv_files(split: str) -> list[Path]:
@@ -193,45 +299,23 @@ def elpv_files(split: str) -> list[Path]:
     return [p for i, p in enumerate(paths) if i % 10 in parts[split]]
 
 
-def pictures_in_files(paths: list[Path], resolution: int) -> PictureDataset:
+def files_below(folder: str) -> Iterator[str]:
+    """Paths of the pictures in a folder and all folders below it, dangling links among them."""
+    for entry in os.scandir(folder):
+        if entry.is_dir(follow_symlinks=False):
+            yield from files_below(entry.path)
+        elif os.path.splitext(entry.name)[1].lower() in PICTURE_SUFFIXES and not os.path.isdir(entry.path):
+            yield entry.path
+
+
+def pictures_in_files(paths: list[str], resolution: int) -> PictureDataset:
     """Pictures in files; the fingerprint covers their names, sizes and times."""
     digest = hashlib.sha256()
     for path in paths:
         # a dangling link is named when it is read
-        status = path.stat() if path.exists() else path.lstat()
-        digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return PictureDataset([str(p) for p in paths], lambda i: paths[i], resolution, digest.hexdigest()[:16])
-
-
-@dataclass(frozen=True)
-class LatentCache:
-    """Posterior moments of a data set, and what standardises them.
-
-    Attributes:
-        mean: Means, with shape (N, O, C, h, w) for O orientations.
-        std: Standard deviations, shaped like `mean`; None if the encoder is deterministic.
-        channel_mean: Mean of raw latents per channel, with shape (C).
-        channel_std: Their standard deviation per channel, with shape (C).
-        skipped: Names of pictures that could not be read.
-    """
-
-    mean: Tensor
-    std: Tensor | None
-    channel_mean: Tensor
-    channel_std: Tensor
-    skipped: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.mean)
-
-    def draw(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """Standardised latents of random pictures in random orientations, with shape (batch_size, C, h, w)."""
-        index = torch.randint(len(self.mean), (batch_size,), generator=generator)
-        orientation = torch.randint(self.mean.shape[1], (batch_size,), generator=generator)
-        latents = self.mean[index, orientation]
-        if self.std is not None:
-            latents = latents + self.std[index, orientation] * torch.randn(latents.shape, generator=generator)
-        return standardise(latents, self.channel_mean, self.channel_std)
+        status = os.stat(path) if os.path.exists(path) else os.lstat(path)
+        digest.update(f"{os.path.basename(path)} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return PictureDataset(paths, paths.__getitem__, resolution, digest.hexdigest()[:16])
 
 
 def keyed_generator(*key: int) -> torch.Generator:
@@ -239,254 +323,16 @@ def keyed_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
 
-@dataclass(frozen=True)
-class PixelCache:
-    """Pictures of a data set as particles, and what standardises them.
-
-    Attributes:
-        images_uint8: The pictures, with shape (N, 3, H, W).
-        horizontal_flip: Whether mirrored pictures are drawn, too.
-        channel_mean: Mean of pixels in [-1, 1] per channel, with shape (3).
-        channel_std: Their standard deviation per channel, with shape (3).
-        skipped: Names of pictures that could not be read.
-    """
-
-    images_uint8: Tensor
-    horizontal_flip: bool
-    channel_mean: Tensor
-    channel_std: Tensor
-    skipped: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.images_uint8)
-
-    def draw(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """Standardised random pictures, with shape (batch_size, 3, H, W)."""
-        index = torch.randint(len(self), (batch_size,), generator=generator)
-        flip = torch.rand(batch_size, generator=generator) < 0.5
-        images = self.images_uint8[index]
-        if self.horizontal_flip:
-            images[flip] = images[flip].flip(-1)
-        return standardise(to_pixels(images), self.channel_mean, self.channel_std)
-
-
-def cache_pixels(
-    pictures: PictureDataset, horizontal_flip: bool = False, on_bad_image: OnBadImage = "error"
-) -> PixelCache:
-    """Read a data set into memory, one byte a number.
-
-    Args:
-        pictures: The data set.
-        horizontal_flip: Whether mirrored pictures are data, too.
-        on_bad_image: "error" stops at a picture that cannot be read and names it; "skip" leaves it out.
-
-    Raises:
-        DataError: If a picture cannot be read, or none could be.
-    """
-    images, skipped, total, square = [], [], 0.0, 0.0
-    progress = tqdm(range(len(pictures)), desc="reading", unit="picture", disable=not PartialState().is_main_process)
-    for i in progress:
-        name, image = PicturesOrErrors(pictures, range(i, i + 1))[0]
-        if isinstance(image, DataError):
-            if on_bad_image == "error":
-                raise DataError(f"{image}; {SKIP_HINT}")
-            skipped.append(name)
-            continue
-        images.append(image)
-        pixels = to_pixels(image).double()
-        total, square = total + pixels.mean((1, 2)), square + pixels.square().mean((1, 2))
-    if not images:
-        raise DataError(f"none of the {len(pictures)} pictures could be read; the first is {skipped[0]}")
-    mean = total / len(images)
-    std = (square / len(images) - mean.square()).clamp(min=1e-12).sqrt()
-    return PixelCache(torch.stack(images), horizontal_flip, mean.float(), std.float(), tuple(skipped))
-
-
-def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/latent_dmmd`, or `~/.cache/latent_dmmd`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latent_dmmd"
-
-
-def cache_latents(
-    vae: Autoencoder,
-    pictures: PictureDataset,
-    cache_dir: str | Path | None = None,
-    horizontal_flip: bool = True,
-    on_bad_image: OnBadImage = "error",
-    batch_size: int = 16,
-    num_workers: int = 0,
-    shard_size: int = 512,
-) -> LatentCache:
-    """Encode a data set once, or read what was encoded before.
-
-    A manifest names everything the latents depend on. Shards are written aside and renamed, so an interrupted run goes
-    on where it was; with several processes one writes and all read.
-
-    Args:
-        vae: The frozen autoencoder.
-        pictures: The data set.
-        cache_dir: The folder of this cache; by default one named after a hash of the manifest.
-        horizontal_flip: Whether mirrored pictures are encoded too.
-        on_bad_image: "error" stops at a picture that cannot be read and names it; "skip" leaves it out.
-        batch_size: Pictures encoded at once.
-        num_workers: Processes that decode pictures.
-        shard_size: Pictures in one file.
-
-    Raises:
-        DataError: If `cache_dir` holds another cache, or a picture cannot be read, now or when the cache was made, or
-            no picture could be.
-        FloatingPointError: If the autoencoder returns a value that is not finite; the message names the picture.
-    """
-    manifest = {
-        "format": CACHE_FORMAT,
-        "autoencoder": autoencoder_hash(vae),
-        "data": pictures.fingerprint,
-        "num_pictures": len(pictures),
-        "resolution": pictures.resolution,
-        "horizontal_flip": horizontal_flip,
-        "shard_size": shard_size,
-    }
-    key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(cache_dir) if cache_dir is not None else default_cache_dir() / key
-    with PartialState().main_process_first():
-        check_manifest(folder, manifest)
-        build_shards(folder, vae, pictures, horizontal_flip, on_bad_image, batch_size, num_workers, shard_size)
-    cache = read_shards(folder, len(pictures), shard_size)
-    if cache.skipped and on_bad_image == "error":
-        raise DataError(f"the latent cache in {folder} leaves out {cache.skipped[0]}; {SKIP_HINT}")
-    return cache
-
-
-def check_manifest(folder: Path, manifest: dict) -> None:
-    """Raise DataError if the folder holds a cache of something else; write the manifest if it holds none."""
-    path = folder / "manifest.json"
-    if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise DataError(f"{folder} is not empty and holds no latent cache; pass another --data.cache_dir")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_aside(path, lambda aside: aside.write_text(json.dumps(manifest, indent=2)))
-        return
-    try:
-        found = json.loads(path.read_text())
-    except ValueError:
-        found = {}
-    changed = [name for name in manifest if found.get(name) != manifest[name]]
-    if changed:
-        raise DataError(
-            f"the latent cache in {folder} was made with another {', '.join(changed)}; "
-            "delete it or pass another --data.cache_dir"
-        )
-
-
-def shard_path(folder: Path, start: int) -> Path:
-    return folder / f"moments-{start:08d}.safetensors"
-
-
-def build_shards(
-    folder: Path,
-    vae: Autoencoder,
-    pictures: PictureDataset,
-    horizontal_flip: bool,
-    on_bad_image: OnBadImage,
-    batch_size: int,
-    num_workers: int,
-    shard_size: int,
-) -> None:
-    """Encode every shard that is not there yet."""
-    starts = [s for s in range(0, len(pictures), shard_size) if not shard_path(folder, s).exists()]
-    if not starts:
-        return
-    device = next(vae.parameters()).device
-    total = sum(min(shard_size, len(pictures) - s) for s in starts)
-    progress = tqdm(total=total, desc="encoding", unit="picture", disable=not PartialState().is_main_process)
-    for start in starts:
-        indices = range(start, min(start + shard_size, len(pictures)))
-        loader = DataLoader(
-            PicturesOrErrors(pictures, indices),
-            batch_size,
-            num_workers=num_workers,
-            collate_fn=list,
-        )
-        shard = {"mean": [], "std": []}
-        skipped = []
-        for items in loader:
-            bad = [(name, error) for name, error in items if isinstance(error, DataError)]
-            if bad and on_bad_image == "error":
-                raise DataError(f"{bad[0][1]}; {SKIP_HINT}")
-            skipped += [name for name, _ in bad]
-            good = [(name, image) for name, image in items if isinstance(image, Tensor)]
-            progress.update(len(items))
-            if not good:
-                continue
-            pixels = to_pixels(torch.stack([image for _, image in good])).to(device)
-            views = [pixels, pixels.flip(-1)] if horizontal_flip else [pixels]
-            moments = [encode_moments(vae, view) for view in views]
-            for name, values in zip(("mean", "std"), zip(*moments)):
-                stacked = torch.stack(values, dim=1).cpu()
-                finite = stacked.isfinite().flatten(1).all(1)
-                if not finite.all():
-                    culprit = good[int(finite.int().argmin())][0]
-                    raise FloatingPointError(
-                        f"the autoencoder returns values that are not finite for {culprit}; use it in float32"
-                    )
-                shard[name].append(stacked)
-        tensors = {name: torch.cat(parts) for name, parts in shard.items() if parts}
-        write_aside(shard_path(folder, start), partial(save_file, tensors, metadata={"skipped": json.dumps(skipped)}))
-    progress.close()
-
-
-class PicturesOrErrors(Dataset):
-    """(name, picture) at the given indices, or (name, error) where it cannot be read.
-
-    The error is returned because a DataLoader puts the traceback of its worker into what it raises.
-    """
-
-    def __init__(self, pictures: PictureDataset, indices: range) -> None:
-        self.pictures, self.indices = pictures, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, i: int) -> tuple[str, Tensor | DataError]:
-        index = self.indices[i]
-        try:
-            return self.pictures.names[index], self.pictures[index]
-        except DataError as error:
-            return self.pictures.names[index], error
-
-
-def read_shards(folder: Path, num_pictures: int, shard_size: int) -> LatentCache:
-    """All shards of a complete cache."""
-    means, stds, skipped = [], [], []
-    for start in range(0, num_pictures, shard_size):
-        path = shard_path(folder, start)
-        try:
-            tensors = load_file(path)
-        except Exception as error:  # safetensors raises its own type for a truncated file
-            raise DataError(f"{path} is damaged; delete it to have it encoded again") from error
-        with safe_open(path, "pt") as file:
-            skipped += json.loads((file.metadata() or {}).get("skipped", "[]"))
-        if tensors:
-            means.append(tensors["mean"])
-            stds.append(tensors["std"])
-    if not means:
-        raise DataError(f"none of the {num_pictures} pictures could be read; the first is {skipped[0]}")
-    mean, std = torch.cat(means), torch.cat(stds)
-    variance = mean.var((0, 1, 3, 4)) + std.square().mean((0, 1, 3, 4))
-    return LatentCache(
-        mean=mean,
-        std=std if std.any() else None,
-        channel_mean=mean.mean((0, 1, 3, 4)),
-        channel_std=variance.sqrt().clamp(min=1e-6),
-        skipped=tuple(skipped),
-    )
-
-
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under another name, then rename it: a reader sees all of it or nothing."""
+    """Write a file under another name, then rename it: a reader sees all of it or nothing.
+
+    Raises OSError, which names the file, if it cannot be written.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write(aside)
         os.replace(aside, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write {path}: {one_line(error)}") from error
     finally:
         aside.unlink(missing_ok=True)

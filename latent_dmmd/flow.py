@@ -8,13 +8,15 @@ One step is one forward and one backward of φ for every particle; the number of
 stored f_t between φ(x_t, t) and φ(x_0, t); particles are independent and no data are needed. Hybrid: approximate at
 high noise, exact for the last levels.
 
-**Step size.** Training, or a measurement, says how far a gradient of the stored witness reaches:
+**Step size.** A measurement after training says how far a gradient of the stored witness reaches:
 
     s_t ∇f_t(x_t) ≈ x_t − x_0
 
-- Witness matching regresses ∇f_t / ‖f_t‖_H on (x_t − x_0) / λ_t, hence s_t = λ_t / ‖f_t‖_H.
-- Any other objective fixes a norm (one-centred penalty) or nothing. s_t is then the least-squares factor
-  s_t = E ⟨∇f_t, x_t − x_0⟩ / E ‖∇f_t‖², measured on draws of the forward process (`measure_embeddings`).
+Witness matching regresses ∇f_t / ‖f_t‖_H on (x_t − x_0) / λ_t, so s_t = λ_t / ‖f_t‖_H should hold; but the averaged
+network has shorter gradients than the trained one. Other objectives fix a norm (one-centred penalty) or nothing. So s_t
+is measured: the least-squares factor E ⟨∇f_t, x_t − x_0⟩ / E ‖∇f_t‖² on draws of the forward process
+(`measure_gradients`), and then lengthened by as much as gradients on a flow's particles are shorter than there
+(`calibrate_on_particles`).
 
 A step from noise level s to e, within the level t whose witness is in use, is z ↦ a z − b s_t ∇f_t(z) with (a, b) from
 `ForwardProcess.step_coefficients`: the particle that had the distribution of X_s gets that of X_e if the gradient is
@@ -35,10 +37,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from latent_dmmd.discrepancy import MMD, Discrepancy
+from latent_dmmd.discrepancy import MMD, Discrepancy, Witness
 from latent_dmmd.features import LevelEmbeddings, MeanEmbeddings
 from latent_dmmd.kernels import LinearKernel
 
@@ -69,6 +72,8 @@ class FlowOptions:
         chunk_size: Particles that pass through φ at once; all if None. The exact witness then takes a second forward
             of φ, and is the same.
         generator: Source of the injected noise.
+        across_ranks: Whether every process holds an equal share of the particles, in the order of ranks; exact
+            witnesses are those of all of them, and noise is drawn for all of them.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -79,6 +84,7 @@ class FlowOptions:
     noise_injection: float = 0.0
     chunk_size: int | None = None
     generator: torch.Generator | list[torch.Generator] | None = None
+    across_ranks: bool = False
 
     def __post_init__(self) -> None:
         if self.self_term not in ("include", "leave-one-out", "independent"):
@@ -136,6 +142,23 @@ def flow_schedule(
                 fraction *= at_t / at_here
             steps.append(FlowStep(level, embeddings.gradient_scale[level].item() * fraction, exact, scale))
     return steps
+
+
+def rank_and_size(across_ranks: bool) -> tuple[int, int]:
+    """Rank of this process and number of processes; (0, 1) if not asked for, or if there is no process group."""
+    if not across_ranks or not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def gathered(phi: Tensor, across_ranks: bool) -> Tensor:
+    """Features (N, F) of every process, with shape (W N, F), in the order of ranks."""
+    _, size = rank_and_size(across_ranks)
+    if size == 1:
+        return phi
+    parts = [torch.empty_like(phi) for _ in range(size)]
+    dist.all_gather(parts, phi.contiguous())
+    return torch.cat(parts)
 
 
 def steps_for_nfe(nfe: int, num_stored_levels: int) -> tuple[int, int]:
@@ -207,26 +230,29 @@ def gradient_at_level(
     feature_net: nn.Module, z: Tensor, embeddings: LevelEmbeddings, exact: bool, options: FlowOptions
 ) -> Tensor:
     """`witness_gradient` for the stored embeddings of one level."""
-    if exact and options.self_term != "include" and len(z) < 2:
-        raise ValueError(f"self_term={options.self_term!r} needs at least 2 particles; got {len(z)}")
+    rank, num_ranks = rank_and_size(options.across_ranks)
+    first, total = rank * len(z), num_ranks * len(z)
+    if exact and options.self_term != "include" and total < 2:
+        raise ValueError(f"self_term={options.self_term!r} needs at least 2 particles; got {total}")
     size, query, witness = options.chunk_size or len(z), z, None
     if options.noise_injection:
-        noise = randn_tensor(z.shape, generator=options.generator, device=z.device, dtype=z.dtype)
-        query = z + options.noise_injection * noise
+        shape = (total, *z.shape[1:])
+        noise = randn_tensor(shape, generator=options.generator, device=z.device, dtype=z.dtype)
+        query = z + options.noise_injection * noise[first : first + len(z)]
     if not exact:
         witness = lambda phi, which: embeddings.stored(phi)  # noqa: E731
     elif options.noise_injection or size < len(z):
         with torch.no_grad():
             particles = torch.cat([feature_net(chunk, embeddings.t) for chunk in z.split(size)])
-        witness = ExactWitness(particles, embeddings, options)
+        witness = ExactWitness(gathered(particles, options.across_ranks), embeddings, options)
     gradients = []
     for start in range(0, len(z), size):
-        which = slice(start, start + size)
+        which = slice(first + start, first + min(start + size, len(z)))
         with torch.enable_grad():
-            chunk = query[which].detach().requires_grad_()
+            chunk = query[start : start + size].detach().requires_grad_()
             phi = feature_net(chunk, embeddings.t)
-            # all particles in one chunk: their features are at hand
-            witness = witness or ExactWitness(phi.detach(), embeddings, options)
+            # all particles of this process in one chunk: their features are at hand
+            witness = witness or ExactWitness(gathered(phi.detach(), options.across_ranks), embeddings, options)
             (gradient,) = torch.autograd.grad(witness(phi, which).sum(), chunk)
         gradients.append(gradient)
     return torch.cat(gradients)
@@ -273,8 +299,8 @@ def measure_embeddings(
     pairs: list[tuple[Tensor, Tensor]],
     t: Tensor,
     discrepancy: Discrepancy | None = None,
-) -> tuple[Tensor, Tensor, float]:
-    """Mean embeddings and gradient scale of one level, from pairs of the forward process.
+) -> tuple[Tensor, Tensor]:
+    """Mean embeddings of one level, from pairs of the forward process.
 
     Args:
         feature_net: φ.
@@ -284,20 +310,61 @@ def measure_embeddings(
 
     Returns:
         The mean embeddings of X_0 and X_t, as means with shape (F) where these are enough and as features with shape
-        (N, F) where not; and the least-squares scale s = Σ ⟨g, x_t − x_0⟩ / Σ ‖g‖² of the gradients g of the witness
-        at x_t; 0 where they do not point along x_t − x_0 at all, so that the flow stands still.
+        (N, F) where not.
     """
-    discrepancy = discrepancy or MMD()
     clean = torch.cat([feature_net(x_0, t) for x_0, _ in pairs])
     noisy = torch.cat([feature_net(x_t, t) for _, x_t in pairs])
-    witness = discrepancy.witness(noisy, clean)
-    inner = square = 0.0
+    if (discrepancy or MMD()).needs_means_only:
+        return clean.mean(0), noisy.mean(0)
+    return clean, noisy
+
+
+def measure_gradients(
+    feature_net: nn.Module, pairs: list[tuple[Tensor, Tensor]], t: Tensor, witness: Witness
+) -> tuple[float, float]:
+    """How far the gradients g of a witness reach on the forward process, at x_t.
+
+    Args:
+        feature_net: φ.
+        pairs: Batches of (x_0, x_t), each with shape (B, C, H, W).
+        t: The level, with shape ().
+        witness: The witness of that level.
+
+    Returns:
+        The least-squares scale s = Σ ⟨g, x_t − x_0⟩ / Σ ‖g‖², which is 0 where the gradients do not point along
+        x_t − x_0 at all, so that the flow stands still; and the root mean square of ‖g‖.
+    """
+    inner = square = count = 0.0
     for x_0, x_t in pairs:
         with torch.enable_grad():
             x = x_t.detach().requires_grad_()
             (g,) = torch.autograd.grad(witness(feature_net(x, t)).sum(), x)
         inner += (g * (x_t - x_0)).sum().item()
         square += g.square().sum().item()
-    if discrepancy.needs_means_only:
-        clean, noisy = clean.mean(0), noisy.mean(0)
-    return clean, noisy, max(0.0, inner / square) if square > 0 else 0.0
+        count += len(x)
+    return (max(0.0, inner / square) if square > 0 else 0.0), (square / count) ** 0.5
+
+
+@torch.no_grad()
+def calibrate_on_particles(
+    feature_net: nn.Module, embeddings: MeanEmbeddings, gradient_norm: list[float], z: Tensor
+) -> None:
+    """Make steps as long on the particles of a flow as on the forward process; `embeddings.gradient_scale` changes.
+
+    Particles lag behind the forward process, and where they are, gradients are shorter; steps calibrated on the forward
+    process alone then let the lag grow. Particles flow down the stored witness, a step a level, and at each level the
+    scale is multiplied by the ratio of the root mean squares of ‖∇f_t‖ on the forward process and on the particles,
+    within [1/2, 2].
+
+    Args:
+        feature_net: φ.
+        embeddings: The stored mean embeddings, with the scales of `measure_gradients`.
+        gradient_norm: Root mean square of ‖∇f_t‖ at x_t for every level, T numbers.
+        z: Initial particles, with shape (N, C, H, W).
+    """
+    for step in flow_schedule(embeddings, "approximate", len(embeddings.levels), steps_per_level=1):
+        gradient = gradient_at_level(feature_net, z, embeddings.at_level(step.level), False, FlowOptions())
+        norm = gradient.flatten(1).square().sum(1).mean().sqrt().item()
+        ratio = min(2.0, max(0.5, gradient_norm[step.level] / norm)) if norm > 0 else 1.0
+        embeddings.gradient_scale[step.level] *= ratio
+        z = step.scale * z - ratio * step.step_size * gradient

@@ -1,24 +1,26 @@
 """From a configuration to a network, an objective and a pipeline: DMMD and what it is compared with, one code path."""
 
 import sys
+from collections.abc import Iterator
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from latent_dmmd.baselines import DDPM, MMDGAN, FlowMatching, GeneratorAndCritic, VelocityNet
+from latent_dmmd.cache import LatentCache, PixelCache
 from latent_dmmd.config import Config, ConfigError
-from latent_dmmd.data import LatentCache, PixelCache, keyed_generator
+from latent_dmmd.data import keyed_generator
 from latent_dmmd.discrepancy import get_discrepancy
 from latent_dmmd.features import FeatureNet, MeanEmbeddings
-from latent_dmmd.flow import measure_embeddings
+from latent_dmmd.flow import calibrate_on_particles, measure_embeddings, measure_gradients
 from latent_dmmd.forward import get_forward_process
 from latent_dmmd.latents import Autoencoder
 from latent_dmmd.objective import DMMD, Objective, RunningEmbeddings, WitnessMatching
 from latent_dmmd.pipeline import LatentDMMDPipeline, LatentPipeline, LatentSchedulerPipeline
 
-NUM_MEASURED_PAIRS = 128
+NUM_MEASURED_PAIRS, NUM_CALIBRATION_PARTICLES = 128, 64
 
 
 def build_network(config: Config, shape: tuple[int, int, int]) -> nn.Module:
@@ -106,7 +108,8 @@ def embeddings_for_sampling(
     config: Config,
     device: torch.device,
 ) -> MeanEmbeddings:
-    """The stored mean embeddings: the running ones where the objective keeps them, measured on the data otherwise."""
+    """The stored mean embeddings: the running ones where the objective keeps them, measured on the data otherwise; and
+    the scale of their witness's gradient, measured on the data."""
     levels, options = objective.levels, config.objective
     means_only = objective.discrepancy.needs_means_only
     embeddings = MeanEmbeddings(
@@ -119,25 +122,32 @@ def embeddings_for_sampling(
     embeddings.levels.copy_(levels)
     embeddings.displacement.copy_(objective.process.displacement(levels))
     source = getattr(objective, "source", None)
-    if isinstance(source, RunningEmbeddings) and source.num_updates.all():
-        embeddings.clean.copy_(source.clean)
-        embeddings.noisy.copy_(source.noisy)
-        norms = [embeddings.at_level(k).stored.norm() for k in range(len(levels))]
-        embeddings.gradient_scale.copy_(objective.gradient_length() / torch.stack(norms))
-        return embeddings
-
-    still = []
-    num_pairs = NUM_MEASURED_PAIRS if means_only else options.num_points
-    for k in tqdm(range(len(levels)), desc="mean embeddings", unit="level"):
-        generator, pairs = keyed_generator(config.training.seed, 0, k), []
-        for size in torch.arange(num_pairs).split(32):
-            x_0 = cache.draw(len(size), generator)
-            eps = torch.randn(x_0.shape, generator=generator)
-            x_t = objective.process.sample(x_0, levels[k].cpu().expand(len(x_0)), eps)
-            pairs.append((x_0.to(device), x_t.to(device)))
-        clean, noisy, scale = measure_embeddings(feature_net, pairs, levels[k], objective.discrepancy)
-        embeddings.clean[k], embeddings.noisy[k], embeddings.gradient_scale[k] = clean, noisy, scale
-        still += [f"{levels[k].item():.2f}"] if scale == 0 else []
+    running = isinstance(source, RunningEmbeddings) and bool(source.num_updates.all())
+    num_pairs = options.num_points if not (running or means_only) else NUM_MEASURED_PAIRS
+    gradient_norm = []
+    for k in tqdm(range(len(levels)), desc="measuring the witness", unit="level"):
+        pairs = [tuple(x.to(device) for x in pair) for pair in draw_pairs(objective, cache, k, num_pairs, config)]
+        means = (source.clean[k], source.noisy[k]) if running else None
+        clean, noisy = means or measure_embeddings(feature_net, pairs, levels[k], objective.discrepancy)
+        embeddings.clean[k], embeddings.noisy[k] = clean, noisy
+        scale, norm = measure_gradients(feature_net, pairs, levels[k], embeddings.at_level(k).stored)
+        embeddings.gradient_scale[k] = scale
+        gradient_norm.append(norm)
+    still = [f"{t:.2f}" for t, scale in zip(levels.tolist(), embeddings.gradient_scale.tolist()) if scale == 0]
     if still:
         print(f"the witness does not point towards the data at t = {', '.join(still)}: train longer", file=sys.stderr)
+    generator = keyed_generator(config.training.seed, 0, len(levels))
+    z = torch.randn(NUM_CALIBRATION_PARTICLES, *pairs[0][0].shape[1:], generator=generator).to(device)
+    calibrate_on_particles(feature_net, embeddings, gradient_norm, z)
     return embeddings
+
+
+def draw_pairs(
+    objective: Objective, cache: LatentCache | PixelCache, k: int, num_pairs: int, config: Config
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of (x_0, x_t) of level k, a function of the seed and the level."""
+    generator = keyed_generator(config.training.seed, 0, k)
+    for size in map(len, torch.arange(num_pairs).split(32)):
+        x_0 = cache.draw(size, generator)
+        eps = torch.randn(x_0.shape, generator=generator)
+        yield x_0, objective.process.sample(x_0, objective.levels[k].cpu().expand(size), eps)

@@ -127,10 +127,6 @@ class Objective(nn.Module):
         (gradient,) = torch.autograd.grad(f.sum(), x_u, create_graph=True)
         return gradient.to(torch.promote_types(gradient.dtype, torch.float32)).flatten(2)
 
-    def gradient_length(self) -> Tensor | None:
-        """λ_t such that ∇f_t / ‖f_t‖_H ≈ (x_t − x_0) / λ_t where the objective says so, with shape (T); None if not."""
-        return None
-
 
 class DMMD(Objective):
     """The paper's objective (Galashov et al., 2025, Algorithm 1); with KALE the features of D-KALE-Flow.

@@ -12,6 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
@@ -19,7 +20,15 @@ from torch import Tensor
 
 from latent_dmmd.baselines import VelocityNet
 from latent_dmmd.features import FeatureNet, MeanEmbeddings, PatchUNet
-from latent_dmmd.flow import FlowStep, Sampler, SelfTerm, flow_schedule, gradient_flow, steps_for_nfe
+from latent_dmmd.flow import (
+    FlowStep,
+    Sampler,
+    SelfTerm,
+    flow_schedule,
+    gradient_flow,
+    rank_and_size,
+    steps_for_nfe,
+)
 from latent_dmmd.latents import (
     Autoencoder,
     decode_pixels,
@@ -75,17 +84,25 @@ class LatentPipeline(DiffusionPipeline):
         zeros = torch.zeros(1, config.in_channels, config.sample_size, config.sample_size)
         return decode_pixels(self.vae, zeros.to(self._execution_device)).shape[-1]
 
-    def initial_particles(self, batch_size: int, generator: object, latents: Tensor | None) -> Tensor:
-        """Standard normal particles in float32, or those given; ValueError if these have the wrong shape."""
+    def initial_particles(
+        self, batch_size: int, generator: object, latents: Tensor | None, across_ranks: bool = False
+    ) -> Tensor:
+        """Standard normal particles in float32, or those given; with `across_ranks`, the share of this process.
+
+        Raises ValueError if they have the wrong shape, or do not divide among the processes.
+        """
+        rank, num_ranks = rank_and_size(across_ranks)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        if batch_size % num_ranks:
+            raise ValueError(f"batch_size={batch_size} must be a multiple of the {num_ranks} processes")
         config = self.net.config
         shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
         if latents is None:
-            return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents must have shape {shape}; got {tuple(latents.shape)}")
-        return latents.to(device=self._execution_device, dtype=torch.float32)
+        return latents.to(device=self._execution_device, dtype=torch.float32).chunk(num_ranks)[rank]
 
     @torch.no_grad()
     def encode(self, images_uint8: Tensor, chunk_size: int = 16) -> Tensor:
@@ -170,6 +187,7 @@ class LatentDMMDPipeline(LatentPipeline):
         self_term: SelfTerm = "include",
         noise_injection: float = 0.0,
         chunk_size: int | None = 64,
+        across_ranks: bool = False,
         output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["LatentDMMDPipeline", int, float, dict], dict] | None = None,
@@ -191,6 +209,8 @@ class LatentDMMDPipeline(LatentPipeline):
                 other half of the particles, "independent".
             noise_injection: β ≥ 0; gradients are taken at the particle plus β times standard normal noise.
             chunk_size: Particles that pass through φ or the decoder at once; all if None.
+            across_ranks: Whether the processes of a distributed run share the particles: each returns its part, in the
+                order of ranks, of what one process would have made.
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent": the final
                 standardised particles.
             return_dict: Whether to return an `ImagePipelineOutput` rather than a tuple.
@@ -200,7 +220,8 @@ class LatentDMMDPipeline(LatentPipeline):
             The pictures as `.images`.
 
         Raises:
-            ValueError: If an argument is out of range or `latents` has the wrong shape.
+            ValueError: If an argument is out of range, `latents` has the wrong shape, or the processes cannot share
+                `batch_size` equally.
         """
         # 1. check
         check_output_type(output_type)
@@ -209,7 +230,7 @@ class LatentDMMDPipeline(LatentPipeline):
         steps = flow_schedule(self.mean_embeddings, sampler, num_noise_levels, steps_per_level, step_size)
 
         # 2. initial particles
-        z = self.initial_particles(batch_size, generator, latents)
+        z = self.initial_particles(batch_size, generator, latents, across_ranks)
 
         # 3. flow
         levels = self.mean_embeddings.levels.tolist()
@@ -230,6 +251,7 @@ class LatentDMMDPipeline(LatentPipeline):
                 noise_injection=noise_injection,
                 chunk_size=chunk_size,
                 generator=generator,
+                across_ranks=across_ranks,
             )
 
         # 4. decode
@@ -274,6 +296,7 @@ class LatentSchedulerPipeline(LatentPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         chunk_size: int | None = 64,
+        across_ranks: bool = False,
         output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["LatentSchedulerPipeline", int, float, dict], dict] | None = None,
@@ -286,6 +309,8 @@ class LatentSchedulerPipeline(LatentPipeline):
             generator: Source of the initial noise; a list gives every picture its own.
             latents: Initial standardised particles, with shape (batch_size, C, h, w), instead of noise.
             chunk_size: Particles that pass through the network or the decoder at once; all if None.
+            across_ranks: Whether the processes of a distributed run share the particles: each returns its part, in the
+                order of ranks, of what one process would have made.
             output_type: "pil", "np" (B, H, W, 3) in [0, 1], "pt" (B, 3, H, W) in [0, 1], or "latent": the final
                 standardised particles.
             return_dict: Whether to return an `ImagePipelineOutput` rather than a tuple.
@@ -295,12 +320,13 @@ class LatentSchedulerPipeline(LatentPipeline):
             The pictures as `.images`.
 
         Raises:
-            ValueError: If an argument is out of range or `latents` has the wrong shape.
+            ValueError: If an argument is out of range, `latents` has the wrong shape, or the processes cannot share
+                `batch_size` equally.
         """
         check_output_type(output_type)
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1; got {num_inference_steps}")
-        z = self.initial_particles(batch_size, generator, latents)
+        z = self.initial_particles(batch_size, generator, latents, across_ranks)
         if "sigmas" in inspect.signature(self.scheduler.set_timesteps).parameters:
             # equal steps from 1 to 0; the scheduler's own end one early, at its smallest sigma
             sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
@@ -320,7 +346,7 @@ PIPELINES = {cls.__name__: cls for cls in (LatentDMMDPipeline, LatentSchedulerPi
 
 
 def load_pipeline(folder: str | Path) -> LatentDMMDPipeline | LatentSchedulerPipeline:
-    """A saved pipeline, on the GPU if there is one; safetensors and JSON alone are read.
+    """A saved pipeline, on this process's GPU if there is one; safetensors and JSON alone are read.
 
     Raises:
         ValueError: If there is none of ours in the folder.
@@ -332,6 +358,5 @@ def load_pipeline(folder: str | Path) -> LatentDMMDPipeline | LatentSchedulerPip
     name = json.loads(index.read_text()).get("_class_name")
     if name not in PIPELINES:
         raise ValueError(f"{folder} holds a {name}, not one of {', '.join(PIPELINES)}")
-    return (
-        PIPELINES[name].from_pretrained(folder, use_safetensors=True).to("cuda" if torch.cuda.is_available() else "cpu")
-    )
+    device = PartialState().device
+    return PIPELINES[name].from_pretrained(folder, use_safetensors=True).to(device if device.type == "cuda" else "cpu")

@@ -110,7 +110,7 @@ def plot_distances(result: dict, folder: Path) -> list[tuple[Path, str]]:
             "frechet_distance",
             settings["distance"],
             "seconds a picture, decoding included",
-            lambda row: statistics.fmean(row["seconds_per_picture"]),
+            lambda row: row["seconds_per_picture"],
         ),
     ):
         figure, axis = plt.subplots(figsize=(8, 5))
@@ -168,7 +168,7 @@ def score_rows(result: dict) -> list[list[str]]:
             interval(row["precision"], 2),
             interval(row["recall"], 2),
             interval([100 * value for value in row["memorised_share"]]),
-            f"{1000 * statistics.fmean(row['seconds_per_picture']):.0f}",
+            f"{1000 * row['seconds_per_picture']:.0f}",
         ]
         for row in result["rows"]
     ]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from latent_dmmd.baselines import FlowMatching, euler
 from latent_dmmd.discrepancy import mmd2, witness
 from latent_dmmd.features import MeanEmbeddings
-from latent_dmmd.flow import Sampler, flow_schedule, gradient_flow, measure_embeddings
+from latent_dmmd.flow import Sampler, flow_schedule, gradient_flow, measure_embeddings, measure_gradients
 from latent_dmmd.forward import LinearInterpolant
 from latent_dmmd.kernels import GaussianKernel
 from latent_dmmd.objective import DMMD, Batch, Objective, WitnessMatching
@@ -222,7 +222,8 @@ def toy_embeddings(objective: Objective, net: nn.Module, target: Target, num_pai
     for k, t in enumerate(objective.levels):
         x_0 = target.draw(num_pairs, generator)[:, :, None, None]
         x_t = objective.process.sample(x_0, t.expand(num_pairs), torch.randn(x_0.shape, generator=generator))
-        stored.clean[k], stored.noisy[k], stored.gradient_scale[k] = measure_embeddings(net, [(x_0, x_t)], t)
+        stored.clean[k], stored.noisy[k] = measure_embeddings(net, [(x_0, x_t)], t)
+        stored.gradient_scale[k], _ = measure_gradients(net, [(x_0, x_t)], t, stored.at_level(k).stored)
     return stored
 
 

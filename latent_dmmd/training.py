@@ -18,23 +18,23 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from diffusers.training_utils import EMAModel
 from diffusers.utils import is_tensorboard_available, is_wandb_available
+from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from latent_dmmd.config import Config, ConfigError, TrainingConfig, as_dict, differing_keys, save_config
-from latent_dmmd.data import (
-    LatentCache,
-    PictureDataset,
-    PixelCache,
-    cache_latents,
-    cache_pixels,
-    keyed_generator,
-    load_pictures,
-    write_aside,
+from latent_dmmd.cache import LatentCache, PixelCache, cache_latents, cache_pixels
+from latent_dmmd.checkpoints import (
+    checkpoint_to_resume,
+    load_checkpoint,
+    pass_over_incomplete,
+    save_checkpoint,
+    writing,
 )
+from latent_dmmd.config import Config, ConfigError, TrainingConfig, as_dict, differing_keys, save_config
+from latent_dmmd.data import Pictures, keyed_generator, load_pictures, write_aside
 from latent_dmmd.latents import Autoencoder, encode_moments, load_autoencoder, reconstruct, to_uint8
 from latent_dmmd.methods import build_network, build_objective, build_pipeline
 from latent_dmmd.objective import Batch, Terms
@@ -98,43 +98,6 @@ def prepare_run_folder(config: Config, may_differ: tuple[str, ...] = ()) -> Path
     return folder
 
 
-def checkpoints_in(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = [p for p in folder.glob("checkpoint-*") if p.is_dir() and p.name.split("-")[1].isdigit()]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
-
-
-def checkpoint_to_resume(config: Config, folder: Path) -> Path | None:
-    """The checkpoint to go on from, or None to start. Raises ConfigError if the one asked for is not there."""
-    wanted = config.resume_from_checkpoint
-    if wanted not in (None, "latest"):
-        if not Path(wanted).is_dir():
-            raise ConfigError(f"no checkpoint {wanted}; pass a checkpoint folder or 'latest'")
-        return Path(wanted)
-    latest = next(reversed(checkpoints_in(folder)), None)
-    if latest is not None and int(latest.name.split("-")[1]) > config.training.num_steps:
-        raise ConfigError(
-            f"{folder} has already been trained longer, see {latest.name}; raise training.num_steps or choose another "
-            "--output_dir"
-        )
-    return latest
-
-
-def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, limit: int) -> None:
-    """Write a checkpoint aside, rename it, then prune the oldest."""
-    final, aside = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.partial"
-    if accelerator.is_main_process:
-        shutil.rmtree(aside, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(aside)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(aside, final)
-        for old in checkpoints_in(folder)[:-limit]:
-            shutil.rmtree(old)
-
-
 def use_all_cores() -> None:
     """Undo the one thread that `accelerate launch` gives a single process on a machine without accelerator."""
     if os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
@@ -146,6 +109,15 @@ def check_tracker(name: str | None) -> None:
     available = {None: True, "tensorboard": is_tensorboard_available(), "wandb": is_wandb_available()}
     if not available[name]:
         raise ConfigError(f"training.log_with={name} is not installed: pip install {name}")
+
+
+def check_distributed(kind: DistributedType) -> None:
+    """Raise ConfigError for wrappers that shard the network."""
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ConfigError(
+            f"distributed_type {kind.value} is not supported: the witness gradient is differentiated twice, which "
+            "sharded weights do not survive; use MULTI_GPU or MULTI_CPU, see configs/accelerate"
+        )
 
 
 class Trainer:
@@ -170,7 +142,6 @@ class Trainer:
         self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
         self.ema = EMAModel(self.network.parameters(), decay=options.ema_decay, use_ema_warmup=True, power=0.75)
         self.ema.to(accelerator.device)
-        accelerator.register_for_checkpointing(self.ema)
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -198,6 +169,11 @@ class Trainer:
         """The averaged network, with the latest averages."""
         self.ema.copy_to(self.averaged_net.parameters())
         return self.averaged_net
+
+    def pipeline(self, vae: Autoencoder | None, cache: LatentCache | PixelCache) -> LatentPipeline:
+        """The pipeline of the averaged network."""
+        objective = self.accelerator.unwrap_model(self.objective)
+        return build_pipeline(self.config, objective, self.averaged(), vae, cache, self.accelerator.device)
 
 
 class StopRequest:
@@ -228,9 +204,14 @@ class StopRequest:
 
 
 def run_steps(
-    trainer: Trainer, cache: LatentCache | PixelCache, folder: Path, first_step: int, stop: StopRequest
+    trainer: Trainer,
+    cache: LatentCache | PixelCache,
+    vae: Autoencoder | None,
+    folder: Path,
+    first_step: int,
+    stop: StopRequest,
 ) -> None:
-    """All steps from the first on: metrics, checkpoints, and the end that SIGTERM asks for."""
+    """All steps from the first on: metrics, checkpoints, a tracker's pictures, and the end that SIGTERM asks for."""
     accelerator, options = trainer.accelerator, trainer.config.training
     metrics = MetricsFile(folder / "metrics.jsonl", first_step, accelerator.is_main_process)
     progress = tqdm(
@@ -247,11 +228,15 @@ def run_steps(
             figures = {name: accelerator.reduce(value, "mean").item() for name, value in terms.named.items()}
             progress.set_postfix({name: f"{value:.3g}" for name, value in figures.items()})
             figures |= {"grad_norm": float(norm), "learning_rate": trainer.learning_rate(step)}
-            metrics.write({"step": done, **figures})
+            with writing(metrics.path, folder):
+                metrics.write({"step": done, **figures})
             accelerator.log(figures, step=done)
         stopping = stop.requested()
         if done % options.checkpointing_steps == 0 or done == options.num_steps or stopping:
-            save_checkpoint(accelerator, folder, done, options.checkpoints_total_limit)
+            save_checkpoint(accelerator, trainer.network, trainer.ema, folder, done, options.checkpoints_total_limit)
+            progress.set_description(f"training (saved: {done})")
+            if accelerator.trackers and accelerator.is_main_process:
+                log_pictures(trainer, cache, vae, done)
         if stopping and done < options.num_steps:
             accelerator.print(f"\nstopped at step {done}, saved; run the same command again to go on")
             raise SystemExit(0)
@@ -280,12 +265,15 @@ def train(config: Config) -> Path:
         log_with=options.log_with,
         project_dir=config.output_dir,
     )
+    check_distributed(accelerator.distributed_type)
     device = accelerator.device
     if device.type == "cpu" and accelerator.num_processes == 1:
         use_all_cores()
     name = config.autoencoder.name_or_path
     vae = load_autoencoder(name, device) if name else None
-    pictures = load_pictures(config.data.name_or_path, config.data.resolution, config.data.image_column)
+    pictures = load_pictures(
+        config.data.name_or_path, config.data.resolution, config.data.image_column, config.data.streaming
+    )
     resolution = config.data.resolution
     shape = tuple(probe_latents(vae, resolution).shape[1:]) if vae else (3, resolution, resolution)
     trainer = Trainer(config, shape, accelerator)
@@ -293,7 +281,9 @@ def train(config: Config) -> Path:
         # at a constant learning rate nothing that was trained depends on the number of steps
         constant = options.learning_rate_schedule == "constant"
         folder = prepare_run_folder(config, ("training.num_steps",) if constant else ())
-    resume_from = checkpoint_to_resume(config, folder)
+        if accelerator.is_main_process and (incomplete := pass_over_incomplete(folder)):
+            accelerator.print(f"passing over {', '.join(incomplete)}: not complete")
+    resume_from = checkpoint_to_resume(folder, config.resume_from_checkpoint, options.num_steps)
 
     # load
     cache = load_particles(vae, pictures, config)
@@ -304,28 +294,30 @@ def train(config: Config) -> Path:
 
     first_step = 0
     if resume_from is not None:
-        accelerator.load_state(resume_from)
-        first_step = int(resume_from.name.split("-")[1])
+        first_step = load_checkpoint(accelerator, trainer.network, trainer.ema, resume_from)
         accelerator.print(f"resuming from {resume_from}")
     if options.log_with:
         accelerator.init_trackers("latent_dmmd")
 
     # train
     with StopRequest(accelerator) as stop:
-        run_steps(trainer, cache, folder, first_step, stop)
+        run_steps(trainer, cache, vae, folder, first_step, stop)
 
     # finish
     if accelerator.is_main_process:
-        averaged_net = trainer.averaged()
-        pipeline = build_pipeline(config, accelerator.unwrap_model(trainer.objective), averaged_net, vae, cache, device)
-        save_pipeline(pipeline, config, folder / "pipeline", len(cache))
-        write_samples(pipeline, pictures, cache.skipped, config, folder)
-        plot_losses(folder / "metrics.jsonl", folder / "losses.png")
+        pipeline = trainer.pipeline(vae, cache)
+        with writing(folder / "pipeline", folder):
+            save_pipeline(pipeline, config, folder / "pipeline", len(cache))
+        samples = sample_grid(pipeline, pictures, cache.skipped, config)
+        with writing(folder / "samples.png", folder):
+            samples.save(folder / "samples.png")
+        with writing(folder / "losses.png", folder):
+            plot_losses(folder / "metrics.jsonl", folder / "losses.png")
     accelerator.end_training()
     return folder
 
 
-def load_particles(vae: Autoencoder | None, pictures: PictureDataset, config: Config) -> LatentCache | PixelCache:
+def load_particles(vae: Autoencoder | None, pictures: Pictures, config: Config) -> LatentCache | PixelCache:
     """The data as particles: encoded pictures, or pixels without an autoencoder."""
     options = config.data
     if vae is None:
@@ -444,29 +436,39 @@ image = pipe().images[0]
 """
 
 
-def write_samples(
-    pipeline: LatentPipeline, pictures: PictureDataset, skipped: tuple[str, ...], config: Config, folder: Path
-) -> None:
-    """`samples.png`: generated pictures above real ones, none of the skipped, and their reconstructions."""
+def sampling_options(pipeline: LatentPipeline, config: Config) -> dict:
+    """How the configuration asks for pictures to be made, as arguments of the pipeline's call."""
     options = config.sampling
-    pipeline.set_progress_bar_config(desc="sampling")
-    nfe = options.num_noise_levels * options.steps_per_level
-    how = dict(num_inference_steps=nfe)
     if isinstance(pipeline, LatentDMMDPipeline):
-        how = {name: getattr(options, name) for name in ("num_noise_levels", "steps_per_level", "sampler")}
-    elif config.objective.name == "mmd-gan":
-        how = dict(num_inference_steps=1)
+        return {name: getattr(options, name) for name in ("num_noise_levels", "steps_per_level", "sampler")}
+    one_step = config.objective.name == "mmd-gan"
+    return dict(num_inference_steps=1 if one_step else options.num_noise_levels * options.steps_per_level)
+
+
+def log_pictures(trainer: Trainer, cache: LatentCache | PixelCache, vae: Autoencoder | None, step: int) -> None:
+    """Send pictures of the averaged network to the trackers, always of the same initial noise."""
+    pipeline, options = trainer.pipeline(vae, cache), trainer.config.sampling
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        min(8, options.num_images),
+        generator=torch.Generator().manual_seed(options.seed),
+        output_type="np",
+        **sampling_options(pipeline, trainer.config),
+    ).images
+    for tracker in trainer.accelerator.trackers:
+        tracker.log_images({"samples": images}, step=step)
+
+
+def sample_grid(pipeline: LatentPipeline, pictures: Pictures, skipped: tuple[str, ...], config: Config) -> Image.Image:
+    """Generated pictures above real ones, none of the skipped, and their reconstructions."""
+    options, how = config.sampling, sampling_options(pipeline, config)
+    pipeline.set_progress_bar_config(desc="sampling")
     generator = torch.Generator().manual_seed(options.seed)
     generated = pipeline(batch_size=options.num_images, generator=generator, output_type="pt", **how).images
-    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(options.seed)).tolist()
-    readable = [i for i in order if pictures.names[i] not in skipped]
-    real = torch.stack([pictures[i] for i in readable[:8]])
-    rows = {
-        f"generated ({how.get('sampler', config.objective.name)}, {how.get('num_inference_steps', nfe)} NFE)": to_uint8(
-            generated.cpu() * 2 - 1
-        ),
-        "real": real,
-    }
+    real = pictures.examples(8, options.seed, skipped)
+    nfe = how.get("num_inference_steps") or options.num_noise_levels * options.steps_per_level
+    label = f"generated ({how.get('sampler', config.objective.name)}, {nfe} NFE)"
+    rows = {label: to_uint8(generated.cpu() * 2 - 1), "real": real}
     if pipeline.vae is not None:
         rows["real, through the autoencoder"] = reconstruct(pipeline.vae, real)
-    labelled_grid(rows).save(folder / "samples.png")
+    return labelled_grid(rows)

@@ -1,4 +1,7 @@
-"""Sample from a saved pipeline: python scripts/sample.py --pipeline DIR --num_images 64 --output_dir samples."""
+"""Sample from a saved pipeline: python scripts/sample.py --pipeline DIR --num_images 64 --output_dir samples.
+
+Under `accelerate launch --num_processes N` the processes share the particles; the pictures are those of one process.
+"""
 
 import inspect
 import sys
@@ -6,6 +9,8 @@ from argparse import ArgumentError
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
@@ -16,7 +21,7 @@ from latent_dmmd.pipeline import load_pipeline
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__, allow_abbrev=False, exit_on_error=False)
+    parser = ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--pipeline", type=str, required=True, help="Folder of a saved pipeline.")
     parser.add_argument("--num_images", type=PositiveInt, default=64, help="Pictures, hence particles.")
     parser.add_argument("--output_dir", type=str, required=True, help="Where the PNG files and grid.png go.")
@@ -32,13 +37,17 @@ def main() -> None:
     # what is not given and has no default here has one in the pipeline
     how = {name: args[name] for name in names if args[name] is not None}
     generator = torch.Generator().manual_seed(args.seed)
-    images = pipe(batch_size=args.num_images, generator=generator, output_type="pt", **how).images
-    images_uint8 = to_uint8(images.cpu() * 2 - 1)
-    output_dir = Path(args.output_dir)
-    save_pngs(images_uint8, output_dir / "images")
-    settings = ", ".join(f"{name} {value}" for name, value in {**how, "seed": args.seed}.items())
-    labelled_grid({settings: images_uint8[:64]}).save(output_dir / "grid.png")
-    print(f"{args.num_images} pictures: {output_dir / 'images'}   grid: {output_dir / 'grid.png'}")
+    state = PartialState()
+    pipe.set_progress_bar_config(disable=not state.is_main_process)
+    images = pipe(args.num_images, generator=generator, output_type="pt", across_ranks=True, **how).images
+    images_uint8 = gather(to_uint8(images * 2 - 1)).cpu()
+    if state.is_main_process:
+        output_dir, settings = Path(args.output_dir), {**how, "seed": args.seed}
+        save_pngs(images_uint8, output_dir / "images")
+        caption = ", ".join(f"{name} {value}" for name, value in settings.items())
+        labelled_grid({caption: images_uint8[:64]}).save(output_dir / "grid.png")
+        print(f"{args.num_images} pictures: {output_dir / 'images'}   grid: {output_dir / 'grid.png'}")
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -8,8 +8,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from PIL import Image
+
+from latent_dmmd import FeatureNet, LatentDMMDPipeline, MeanEmbeddings
 
 
 def build_kl():
@@ -77,3 +80,48 @@ def tiny_pictures(tmp_path):
     for i, pixels in enumerate(coarse):
         Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC).save(folder / f"{i:02d}.png")
     return folder
+
+
+@pytest.fixture
+def arguments(tiny_vae, tiny_pictures, tmp_path):
+    tiny_vae.save_pretrained(tmp_path / "vae")
+    settings = {
+        "data": {"name_or_path": str(tiny_pictures), "resolution": 32, "cache_dir": str(tmp_path / "cache")},
+        "autoencoder": {"name_or_path": str(tmp_path / "vae")},
+        "feature_net": {
+            "num_features": 8,
+            "patch_size": 1,
+            "block_out_channels": [8],
+            "layers_per_block": 1,
+            "attention_levels": [True],
+        },
+        "objective": {"num_noise_levels": 4},
+        "training": {
+            "num_steps": 6,
+            "levels_per_step": 2,
+            "pairs_per_level": 4,
+            "checkpointing_steps": 3,
+            "log_every": 1,
+            "mixed_precision": "no",
+        },
+        "sampling": {"num_images": 2, "num_noise_levels": 4, "steps_per_level": 1},
+    }
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return ["--config", str(path), "--output_dir", str(tmp_path / "run")]
+
+
+def tiny_pipeline(tiny_vae):
+    """A pipeline with random weights around the tiny autoencoder."""
+    torch.manual_seed(0)
+    size = 32 // 2 ** (len(tiny_vae.config.block_out_channels) - 1)
+    net = FeatureNet(size, 4, 6, block_out_channels=(8,), attention_levels=(True,), layers_per_block=1, num_groups=2)
+    stored = MeanEmbeddings(4, 6)
+    stored.levels.copy_(torch.arange(1, 5) / 4)
+    stored.displacement.copy_(stored.levels)
+    stored.gradient_scale.fill_(0.1)
+    stored.clean.normal_()
+    stored.noisy.normal_()
+    pipe = LatentDMMDPipeline(net, stored, tiny_vae, [0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 0.5, 1.5])
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

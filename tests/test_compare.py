@@ -80,7 +80,12 @@ def test_a_tiny_report_end_to_end(settings):
     seconds = result["entries"]["latent-dmmd"]["seconds_per_step"]
     assert result["entries"]["latent-dmmd"]["training_minutes"] == pytest.approx(2 * seconds / 60)
     assert {goal["aim"] for goal in result["goals"]} >= {"≤ 1", "< 0.8", "≥ 2", "≤ 0.02"}
-    assert set(result["speed"]) == {"exact", "approximate", "baseline", "decode"}
+    assert set(result["speed"]) == {row["label"] for row in result["rows"]} - {"gaussian"} | {"decode"}
+    seconds = {label: cost["seconds"] for label, cost in result["speed"].items()}
+    for label, nfe in (("latent-flow-matching", 30), ("pixel-dmmd exact", 100), ("gaussian", 0)):
+        decoding = 0 if label == "pixel-dmmd exact" else seconds["decode"]
+        expected = nfe * seconds.get(label, 0) + decoding
+        assert rows[label, nfe]["seconds_per_picture"] == pytest.approx(expected)
 
     text = page.read_text()
     assert "&lt;script&gt;" in text and "<script" not in text  # escaped
@@ -145,7 +150,7 @@ def test_goals_are_ratios_above_the_reconstruction():
         {"label": "b", "nfe": 100, "frechet_distance": [40.0, 40.0], "memorised_share": [0.0, 0.0]},
         {"label": "p exact", "nfe": 100, "frechet_distance": [180.0], "memorised_share": [0.0]},
     ]
-    speed = {"exact": {"seconds": 3.3}, "approximate": {"seconds": 2.9}, "baseline": {"seconds": 1.0}}
+    speed = {"a exact": {"seconds": 3.3}, "a approximate": {"seconds": 2.9}, "b": {"seconds": 1.0}}
     settings = {"dmmd": "a", "baseline": "b", "pixel": "p"}
     found = goals({"settings": settings, "reconstruction_distance": 20.0, "rows": rows, "speed": speed})
     values = {goal["what"]: (goal["value"], goal["met"]) for goal in found}

@@ -2,13 +2,15 @@ import pytest
 import torch
 from torch import nn
 
-from latent_dmmd.discrepancy import get_discrepancy, kale_witness, mmd2, witness
+from latent_dmmd.discrepancy import MMD, get_discrepancy, kale_witness, mmd2, witness
 from latent_dmmd.features import MeanEmbeddings
 from latent_dmmd.flow import (
     FlowStep,
+    calibrate_on_particles,
     flow_schedule,
     gradient_flow,
     measure_embeddings,
+    measure_gradients,
     steps_for_nfe,
     witness_gradient,
 )
@@ -324,13 +326,46 @@ def test_measured_scale_is_least_squares():
 
     x_0, x_t = particles(5), 2 * particles(5) + 1
     pairs = [(x_0[:2], x_t[:2]), (x_0[2:], x_t[2:])]
-    clean, noisy, scale = measure_embeddings(Square(), pairs, torch.tensor(1.0))
+    clean, noisy = measure_embeddings(Square(), pairs, torch.tensor(1.0))
+    witness = MMD().witness(noisy[None], clean[None])
+    scale, norm = measure_gradients(Square(), pairs, torch.tensor(1.0), witness)
     half = lambda x: x.flatten(1).square().sum(1).mean() / 2  # noqa: E731
     torch.testing.assert_close(clean[0], half(x_0))
     torch.testing.assert_close(noisy[0], half(x_t))
     g = (half(x_t) - half(x_0)) * x_t
     torch.testing.assert_close(scale, ((g * (x_t - x_0)).sum() / g.square().sum()).item())
-    assert measure_embeddings(Square(), [(x_0, x_0)], torch.tensor(1.0))[2] == 0  # no gradient at all
+    torch.testing.assert_close(norm, g.flatten(1).square().sum(1).mean().sqrt().item())
+    assert (
+        measure_gradients(Square(), pairs, torch.tensor(1.0), MMD().witness(clean[None], noisy[None]))[0] == 0
+    )  # away
+    assert measure_gradients(Square(), pairs, torch.tensor(1.0), MMD().witness(clean[None], clean[None])) == (0, 0)
+
+
+def test_calibration_makes_steps_as_long_on_particles_as_on_the_forward_process():
+    net, z = Smooth().double(), particles(32)
+    noisy = torch.randn(5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    stored = embeddings_for(torch.zeros_like(noisy), noisy)
+    length = lambda z, level: witness_gradient(net, z, stored, level, False).flatten(1).square().sum(1).mean().sqrt()  # noqa: E731
+    wanted = [1.1 * length(z, level).item() for level in range(4)]
+    calibrate_on_particles(net, stored, wanted, z)
+    # the flow with the new scales: each level's is the ratio at the particles that reach it
+    for step in flow_schedule(stored, "approximate", 4, 1):
+        expected = wanted[step.level] / length(z, step.level)
+        assert 0.5 < expected < 2
+        torch.testing.assert_close(stored.gradient_scale[step.level].double(), expected, rtol=1e-5, atol=0)
+        z = z - step.step_size * witness_gradient(net, z, stored, step.level, False)
+    assert (stored.gradient_scale[:3] - 1.1).abs().min() > 1e-3  # it did depend on them
+
+
+def test_calibration_is_bounded_and_leaves_what_has_no_gradient():
+    z = particles(8)
+    gap = torch.tensor([3.0, 4.0, 0, 0, 0, 0, 0, 0], dtype=torch.float64)  # gradients of length 5 everywhere
+    stored = embeddings_for(0 * gap, gap)
+    calibrate_on_particles(Identity(), stored, [5.0, 6.0, 50.0, 0.5], z)
+    assert stored.gradient_scale.tolist() == [1.0, 1.2, 2.0, 0.5]
+    still = embeddings_for(0 * gap, 0 * gap)
+    calibrate_on_particles(Identity(), still, [5.0] * 4, z)
+    assert still.gradient_scale.tolist() == [1.0] * 4
 
 
 @pytest.mark.parametrize(

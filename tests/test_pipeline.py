@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_pipeline
 from safetensors.torch import load_file
 
 from latent_dmmd import FeatureNet, LatentDMMDPipeline, MeanEmbeddings
@@ -11,19 +12,7 @@ from latent_dmmd.pipeline import load_pipeline
 
 @pytest.fixture
 def pipe(tiny_vae):
-    """A pipeline with random weights around the tiny autoencoder."""
-    torch.manual_seed(0)
-    size = 32 // 2 ** (len(tiny_vae.config.block_out_channels) - 1)
-    net = FeatureNet(size, 4, 6, block_out_channels=(8,), attention_levels=(True,), layers_per_block=1, num_groups=2)
-    stored = MeanEmbeddings(4, 6)
-    stored.levels.copy_(torch.arange(1, 5) / 4)
-    stored.displacement.copy_(stored.levels)
-    stored.gradient_scale.fill_(0.1)
-    stored.clean.normal_()
-    stored.noisy.normal_()
-    pipe = LatentDMMDPipeline(net, stored, tiny_vae, [0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 0.5, 1.5])
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return tiny_pipeline(tiny_vae)
 
 
 def run(pipe, **options):

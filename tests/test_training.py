@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 from latent_dmmd import LatentDMMDPipeline
@@ -19,35 +18,6 @@ from latent_dmmd.pipeline import load_pipeline
 from latent_dmmd.training import draw_batch, learning_rate_at, train
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def arguments(tiny_vae, tiny_pictures, tmp_path):
-    tiny_vae.save_pretrained(tmp_path / "vae")
-    settings = {
-        "data": {"name_or_path": str(tiny_pictures), "resolution": 32, "cache_dir": str(tmp_path / "cache")},
-        "autoencoder": {"name_or_path": str(tmp_path / "vae")},
-        "feature_net": {
-            "num_features": 8,
-            "patch_size": 1,
-            "block_out_channels": [8],
-            "layers_per_block": 1,
-            "attention_levels": [True],
-        },
-        "objective": {"num_noise_levels": 4},
-        "training": {
-            "num_steps": 6,
-            "levels_per_step": 2,
-            "pairs_per_level": 4,
-            "checkpointing_steps": 3,
-            "log_every": 1,
-            "mixed_precision": "no",
-        },
-        "sampling": {"num_images": 2, "num_noise_levels": 4, "steps_per_level": 1},
-    }
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return ["--config", str(path), "--output_dir", str(tmp_path / "run")]
 
 
 def script(name, *args, **environment):
@@ -272,9 +242,9 @@ def test_not_finite_stops_before_the_update(arguments, tmp_path, monkeypatch):
 
 def test_batches_are_a_function_of_seed_rank_and_step(arguments):
     config = parse_config(Config, arguments)
-    from latent_dmmd.data import LatentCache
+    from latent_dmmd.cache import LatentCache
 
-    cache = LatentCache(torch.randn(5, 2, 4, 2, 2), None, torch.zeros(4), torch.ones(4))
+    cache = LatentCache(((torch.randn(5, 2, 4, 2, 2), None),), torch.zeros(4), torch.ones(4))
     a, again = (draw_batch(cache, config.training, 4, rank=0, step=7) for _ in range(2))
     other_rank = draw_batch(cache, config.training, 4, rank=1, step=7)
     assert all(torch.equal(x, y) for x, y in zip(a, again))
