@@ -83,6 +83,7 @@ class CompareConfig:
     Args:
         output_dir: The comparison's folder.
         entries: Name to keys of `scripts/train_latent.py`, nested as in its YAML files.
+        include: The entries to compare, of those above; all if null.
         common: Keys that all entries share.
         minutes: Training time of each entry, turned into steps by the measured seconds a step; or
         num_steps: steps of each entry.
@@ -101,6 +102,7 @@ class CompareConfig:
 
     output_dir: str = "runs/compare"
     entries: dict[str, dict] = field(default_factory=dict)
+    include: list[str] | None = None
     common: dict = field(default_factory=dict)
     minutes: float | None = None
     num_steps: int | None = None
@@ -128,7 +130,12 @@ class CompareConfig:
         odd = [name for name in self.entries if not re.fullmatch(r"[\w.-]+", name)]
         check(not odd, f"names of entries are letters, digits, '-', '_' and '.'; got {', '.join(odd)}")
         check(GAUSSIAN not in self.entries, f"{GAUSSIAN} is always compared; choose another name for the entry")
-        unknown = [name for name in (*self.few, self.dmmd, self.baseline) if name not in self.entries]
+        unknown = [name for name in (*self.few, *(self.include or ())) if name not in self.entries]
+        check(not unknown, f"{', '.join(unknown)} not among entries: {', '.join(self.entries)}")
+        if self.include is not None:
+            self.entries = {name: keys for name, keys in self.entries.items() if name in self.include}
+            self.few = [name for name in self.few if name in self.include]
+        unknown = [name for name in (self.dmmd, self.baseline) if name not in self.entries]
         check(not unknown, f"{', '.join(unknown)} not among entries: {', '.join(self.entries)}")
 
 

@@ -112,6 +112,11 @@ def test_a_tiny_report_end_to_end(settings):
     assert (comparison.folder / "samples" / "latent-dmmd-exact" / "3-steps" / "nfe-10-seed-0.safetensors").exists()
 
 
+def test_some_of_the_entries(settings):
+    config = CompareConfig(**{**settings, "include": ["latent-flow-matching", "latent-dmmd"]})
+    assert list(config.entries) == ["latent-dmmd", "latent-flow-matching"] and config.few == []
+
+
 def test_minutes_become_steps(settings, tmp_path):
     comparison = Comparison(CompareConfig(**{**settings, "num_steps": None, "minutes": 1.5}))
     costs = {name: {"seconds": 0.5 * (i + 1), "num_parameters": 1} for i, name in enumerate(settings["entries"])}
@@ -132,6 +137,8 @@ def test_minutes_become_steps(settings, tmp_path):
         ({"dmmd": "pixel-dmmd"}, "on pixels"),
         ({"entries": {"latent-dmmd": {"training": {"num_step": 3}}, "latent-flow-matching": {}}}, "did you mean"),
         ({"num_images": 3}, "at least 4"),
+        ({"include": ["latent-dmmd", "other"]}, "other not among entries"),
+        ({"include": ["latent-dmmd", "pixel-dmmd"]}, "latent-flow-matching not among entries"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(settings, change, message):
