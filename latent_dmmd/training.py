@@ -452,9 +452,9 @@ def log_pictures(trainer: Trainer, cache: LatentCache | PixelCache, vae: Autoenc
     images = pipeline(
         min(8, options.num_images),
         generator=torch.Generator().manual_seed(options.seed),
-        output_type="np",
+        output_type="pt",
         **sampling_options(pipeline, trainer.config),
-    ).images
+    ).images.cpu()
     for tracker in trainer.accelerator.trackers:
         tracker.log_images({"samples": images}, step=step)
 

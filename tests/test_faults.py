@@ -399,7 +399,6 @@ def test_bf16_is_close_to_float32(tmp_path, arguments):
 
 
 def test_tensorboard_shows_terms_and_pictures(arguments, tmp_path):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = train(parse_config(Config, [*arguments, "--training.log_with", "tensorboard"]))
