@@ -400,6 +400,11 @@ class Comparison:
         """The first pictures of a set, of the first seed."""
         return load_file(self.samples()[label][nfe, self.config.seeds[0]])["images"]
 
+    def held_out(self, count: int) -> Tensor:
+        """Some of the reference pictures, uint8 with shape (count, 3, R, R)."""
+        data = self.entries[self.config.dmmd].data
+        return load_pictures(self.config.reference, data.resolution, data.image_column).examples(count, seed=0)
+
     def neighbours(self, label: str, nfe: int, count: int = 8) -> tuple[Tensor, Tensor]:
         """Of the first pictures of a set, those nearest to a training picture, and that picture."""
         tensors, training = load_file(self.samples()[label][nfe, self.config.seeds[0]]), self.real()["training"]

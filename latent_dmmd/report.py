@@ -21,7 +21,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; max-width: 68rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
 figure { margin: 1rem 0; } figcaption, .note { color: #57606a; font-size: .9rem; }
-img { max-width: 100%; height: auto; display: block; }
+img { width: 100%; min-width: 42rem; height: auto; display: block; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid #d8dee4; text-align: right; white-space: nowrap; }
@@ -50,6 +50,7 @@ def write_report(comparison: Comparison, result: dict, command: str) -> Path:
     write_json(aside / "results.json", result)
     plots = plot_distances(result, aside)
     grids = [(label, nfe, comparison.pictures(label, nfe)[:NUM_COLUMNS]) for label, nfe in shown_rows(result)]
+    grids = [("held-out photographs", 0, comparison.held_out(NUM_COLUMNS)), *grids]
     neighbours = [
         (label, nfe, comparison.neighbours(label, nfe, NUM_COLUMNS))
         for label, nfe in shown_rows(result)
@@ -141,7 +142,8 @@ def inlined(image: Image.Image | Path) -> str:
 
 def figure(image: Image.Image | Path, caption: str) -> str:
     text = html.escape(caption)
-    return f'<figure><img src="{inlined(image)}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+    img = f'<div class="wide"><img src="{inlined(image)}" alt="{text}"></div>'
+    return f"<figure>{img}<figcaption>{text}</figcaption></figure>"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -89,7 +89,7 @@ def test_a_tiny_report_end_to_end(settings):
 
     text = page.read_text()
     assert "&lt;script&gt;" in text and "<script" not in text  # escaped
-    assert '="http' not in text and text.count("data:image/") == len(list(page.parent.glob("*.png"))) + 13
+    assert '="http' not in text and text.count("data:image/") == len(list(page.parent.glob("*.png"))) + 14
     for path in page.parent.glob("*.png"):
         assert Image.open(path).width > 400
 
