@@ -6,13 +6,13 @@ is compared with. Both are called alike: `pipe(batch_size, num_inference_steps=â
 
 import inspect
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
@@ -358,5 +358,5 @@ def load_pipeline(folder: str | Path) -> LatentDMMDPipeline | LatentSchedulerPip
     name = json.loads(index.read_text()).get("_class_name")
     if name not in PIPELINES:
         raise ValueError(f"{folder} holds a {name}, not one of {', '.join(PIPELINES)}")
-    device = PartialState().device
-    return PIPELINES[name].from_pretrained(folder, use_safetensors=True).to(device if device.type == "cuda" else "cpu")
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    return PIPELINES[name].from_pretrained(folder, use_safetensors=True).to(device)

@@ -1,6 +1,6 @@
 """Sample from a saved pipeline: python scripts/sample.py --pipeline DIR --num_images 64 --output_dir samples.
 
-Under `accelerate launch --num_processes N` the processes share the particles; the pictures are those of one process.
+Under `accelerate launch` or torchrun several processes share the particles; the pictures are those of one process.
 """
 
 import inspect
@@ -9,8 +9,7 @@ from argparse import ArgumentError
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather
+from accelerate import Accelerator
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
@@ -32,22 +31,22 @@ def main() -> None:
     parser.add_argument("--num_inference_steps", type=PositiveInt | None, help="NFE, instead of these two; or 50.")
     args = parser.parse_args()
 
+    accelerator = Accelerator()
     pipe = load_pipeline(args.pipeline)
     names = [name for name in inspect.signature(pipe.__call__).parameters if name in args]
     # what is not given and has no default here has one in the pipeline
     how = {name: args[name] for name in names if args[name] is not None}
     generator = torch.Generator().manual_seed(args.seed)
-    state = PartialState()
-    pipe.set_progress_bar_config(disable=not state.is_main_process)
+    pipe.set_progress_bar_config(disable=not accelerator.is_main_process)
     images = pipe(args.num_images, generator=generator, output_type="pt", across_ranks=True, **how).images
-    images_uint8 = gather(to_uint8(images * 2 - 1)).cpu()
-    if state.is_main_process:
+    images_uint8 = accelerator.gather(to_uint8(images * 2 - 1)).cpu()
+    if accelerator.is_main_process:
         output_dir, settings = Path(args.output_dir), {**how, "seed": args.seed}
         save_pngs(images_uint8, output_dir / "images")
         caption = ", ".join(f"{name} {value}" for name, value in settings.items())
         labelled_grid({caption: images_uint8[:64]}).save(output_dir / "grid.png")
         print(f"{args.num_images} pictures: {output_dir / 'images'}   grid: {output_dir / 'grid.png'}")
-    state.destroy_process_group()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -228,10 +228,10 @@ torch.save(state, f"{out}/{trainer.accelerator.process_index}.pt")
 
 
 def launch(path, *args, **options):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(path), *args]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, **options
-    )
+    """Two processes; `accelerate launch` starts several on CPUs through MPI alone."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(path), *args]
+    env = {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **options)
 
 
 @pytest.mark.parametrize("objective", ["witness-matching", "dmmd"])
