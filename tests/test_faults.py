@@ -33,6 +33,14 @@ def script(text, *args, prefix=(), **options):
     return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, **options)
 
 
+def train_apart(*args):
+    """Train in a process of its own, one thread: state and number of threads are those of other such processes."""
+    text = "import sys\nfrom latent_dmmd.config import *\nfrom latent_dmmd.training import train\n"
+    result = script(text + "print(train(parse_config(Config, sys.argv[1:])))", *args)
+    assert result.returncode == 0, result.stderr
+    return Path(result.stdout.splitlines()[-1])
+
+
 def weights(folder):
     return LatentDMMDPipeline.from_pretrained(folder / "pipeline").feature_net.state_dict()
 
@@ -81,10 +89,10 @@ def test_killed_at_any_moment(arguments, tmp_path, count):
         assert any(state["aside"] for state in states), "no kill inside a write"
     steps = latest[-1]
     steps = str(steps + 2)
-    killed = train(parse_config(Config, [*arguments, *EVERY_STEP, "--training.num_steps", steps]))
+    killed = train_apart(*arguments, *EVERY_STEP, "--training.num_steps", steps)
     assert not list(killed.glob(".checkpoint-*"))
-    whole = [*arguments, *EVERY_STEP, "--training.num_steps", steps, "--output_dir", str(tmp_path / "whole")]
-    whole = train(parse_config(Config, whole))
+    whole = ["--training.num_steps", steps, "--output_dir", str(tmp_path / "whole")]
+    whole = train_apart(*arguments, *EVERY_STEP, *whole)
     for (name, a), b in zip(weights(whole).items(), weights(killed).values()):
         assert torch.equal(a, b), name
     assert metrics(whole) == metrics(killed)
@@ -381,7 +389,7 @@ def test_bf16_is_close_to_float32(tmp_path, arguments):
     for precision in ("no", "bf16"):
         folder = tmp_path / precision
         where = ["--training.mixed_precision", precision, "--output_dir", str(folder)]
-        runs[precision] = train(parse_config(Config, [*arguments, *extra, *where]))
+        runs[precision] = train_apart(*arguments, *extra, *where)
     exact, rough = (metrics(folder) for folder in runs.values())
     assert exact != rough  # bf16 was used
     for a, b in zip(exact[:5], rough[:5]):
