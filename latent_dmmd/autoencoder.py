@@ -24,7 +24,7 @@ from einops import reduce
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from latent_dmmd.checkpoints import checkpoint_to_resume, load_checkpoint, save_checkpoint
+from latent_dmmd.checkpoints import checkpoint_to_resume, load_checkpoint, pass_over_incomplete, save_checkpoint
 from latent_dmmd.config import check, save_config
 from latent_dmmd.training import MetricsFile, check_finite, learning_rate_at, prepare_run_folder
 
@@ -199,6 +199,7 @@ def train_autoencoder(images_uint8: Tensor, config: AutoencoderTrainingConfig) -
     ema = EMAModel(vae.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
     ema.to(accelerator.device)
 
+    pass_over_incomplete(accelerator, output_dir)
     first_step, resume_from = 0, checkpoint_to_resume(output_dir, "latest", config.num_steps)
     if resume_from is not None:
         first_step = load_checkpoint(accelerator, vae, ema, resume_from)

@@ -7,9 +7,10 @@ import hashlib
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -48,6 +49,11 @@ class LatentCache:
     def __len__(self) -> int:
         return sum(len(mean) for mean, _ in self.shards)
 
+    @cached_property
+    def starts(self) -> Tensor:
+        """Index of the first picture of every shard."""
+        return torch.tensor([0, *itertools.accumulate(len(mean) for mean, _ in self.shards[:-1])])
+
     @property
     def mean(self) -> Tensor:
         """All means, with shape (N, O, C, h, w), copied into memory."""
@@ -64,10 +70,8 @@ class LatentCache:
         num_orientations = self.shards[0][0].shape[1]
         index = torch.randint(len(self), (batch_size,), generator=generator)
         orientation = torch.randint(num_orientations, (batch_size,), generator=generator).tolist()
-        ends = torch.tensor([len(mean) for mean, _ in self.shards]).cumsum(0)
-        which = torch.bucketize(index, ends, right=True)
-        within = (index - ends[which] + torch.tensor([len(mean) for mean, _ in self.shards])[which]).tolist()
-        rows = list(zip(which.tolist(), within, orientation))
+        which = torch.bucketize(index, self.starts, right=True) - 1
+        rows = list(zip(which.tolist(), (index - self.starts[which]).tolist(), orientation))
         latents = torch.stack([self.shards[s][0][i, o] for s, i, o in rows])
         if self.shards[0][1] is not None:
             std = torch.stack([self.shards[s][1][i, o] for s, i, o in rows])
@@ -119,7 +123,7 @@ def cache_pixels(pictures: Pictures, horizontal_flip: bool = False, on_bad_image
     """
     images, skipped, total, square = [], [], 0.0, 0.0
     with progress_bar("reading", num_known(pictures)) as progress:
-        for items in pictures.batches(0, num_known(pictures) or 10**12, 16):
+        for items in pictures.batches(0, sys.maxsize, 16):
             for image in readable(items, on_bad_image, skipped).values():
                 images.append(image)
                 pixels = to_pixels(image).double()

@@ -32,19 +32,28 @@ def is_complete(checkpoint: Path) -> bool:
         return False
 
 
+def step_of(checkpoint: Path) -> int | None:
+    """The step in a checkpoint's name; None if there is none."""
+    step = checkpoint.name.removeprefix("checkpoint-")
+    return int(step) if step.isdigit() else None
+
+
 def checkpoints_in(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    found = [p for p in folder.glob("checkpoint-*") if p.name.split("-")[1].isdigit() and is_complete(p)]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
+    found = [p for p in folder.glob("checkpoint-*") if step_of(p) is not None and is_complete(p)]
+    return sorted(found, key=step_of)
 
 
-def pass_over_incomplete(folder: Path) -> list[str]:
-    """Names of checkpoints that a run left unfinished; what was never renamed is deleted."""
-    names = [p.name for p in folder.glob("checkpoint-*") if p.name.split("-")[1].isdigit() and not is_complete(p)]
+def pass_over_incomplete(accelerator: Accelerator, folder: Path) -> None:
+    """Name the checkpoints that a run left unfinished, in the main process; what was never renamed is deleted."""
+    if not accelerator.is_main_process:
+        return
+    names = [p.name for p in folder.glob("checkpoint-*") if step_of(p) is not None and not is_complete(p)]
     for aside in folder.glob(".checkpoint-*"):
         names.append(aside.name)
         shutil.rmtree(aside, ignore_errors=True)
-    return sorted(names)
+    if names:
+        accelerator.print(f"passing over {', '.join(sorted(names))}: not complete")
 
 
 def checkpoint_to_resume(folder: Path, wanted: str | None, num_steps: int) -> Path | None:
@@ -65,7 +74,7 @@ def checkpoint_to_resume(folder: Path, wanted: str | None, num_steps: int) -> Pa
             raise ConfigError(f"{wanted} is not complete; pass another checkpoint folder or 'latest'")
         return Path(wanted)
     latest = next(reversed(checkpoints_in(folder)), None)
-    if latest is not None and int(latest.name.split("-")[1]) > num_steps:
+    if latest is not None and step_of(latest) > num_steps:
         raise ConfigError(
             f"{folder} has already been trained longer, see {latest.name}; raise training.num_steps or choose another "
             "--output_dir"
@@ -146,7 +155,7 @@ def load_checkpoint(accelerator: Accelerator, network: nn.Module, ema: EMAModel,
             average.copy_(averages[name])
         with safe_open(checkpoint / AVERAGES, "pt") as file:
             ema.optimization_step = int(file.metadata()["num_updates"])
-        return int(checkpoint.name.split("-")[1])
+        return step_of(checkpoint)
     except Exception as error:  # damaged files trip torch, pickle and safetensors over many types
         raise ConfigError(f"cannot read {checkpoint}: {one_line(error)}; pass an older checkpoint folder") from error
 

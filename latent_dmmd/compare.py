@@ -216,12 +216,12 @@ class Comparison:
 
     # sampling
 
-    def labels(self, name: str) -> dict[str, str | None]:
-        """What the ways are called in which an entry is sampled, and DMMD's sampler."""
+    def labels(self, name: str) -> dict[str, dict]:
+        """What the ways are called in which an entry is sampled, and the arguments of the pipeline's call for each."""
         if self.entries[name].objective.name not in ("witness-matching", "dmmd"):
-            return {name: None}
+            return {name: {}}
         samplers = ("exact",) if name in self.config.few else ("exact", "approximate")
-        return {f"{name} {sampler}": sampler for sampler in samplers}
+        return {f"{name} {sampler}": {"sampler": sampler} for sampler in samplers}
 
     def sets(self, name: str) -> list[tuple[int, int]]:
         """NFE and seed of every set of an entry."""
@@ -245,11 +245,11 @@ class Comparison:
         files, steps = {}, self.num_steps()
         for name in self.config.entries:
             pipe = cached(lambda name=name: load_pipeline(self.folder / "runs" / name / "pipeline"))
-            for label, sampler in self.labels(name).items():
+            for label, options in self.labels(name).items():
                 folder = self.folder / "samples" / label.replace(" ", "-") / f"{steps[name]}-steps"
                 files[label] = {key: folder / "nfe-{}-seed-{}.safetensors".format(*key) for key in self.sets(name)}
                 for (nfe, seed), path in files[label].items():
-                    how = {"num_inference_steps": nfe} | sampler_option(sampler)
+                    how = {"num_inference_steps": nfe, **options}
                     self.make_set(path, f"{label}, {nfe} NFE", seed, partial(generate, pipe, how))
         folder = self.folder / "samples" / GAUSSIAN
         files[GAUSSIAN] = {(0, seed): folder / f"seed-{seed}.safetensors" for seed in self.config.seeds}
@@ -314,18 +314,18 @@ class Comparison:
         """Seconds of one NFE a picture, without decoding, for every label, and of decoding one; measured in turns."""
         path = self.folder / "speed.json"
         known = json.loads(path.read_text()) if path.exists() else {}
-        ways = {label: (name, how) for name in self.config.entries for label, how in self.labels(name).items()}
+        ways = {label: (name, options) for name in self.config.entries for label, options in self.labels(name).items()}
         if not {*ways, "decode"} <= set(known):
             # all of them again: only figures of one measurement are compared
             known = in_a_process(sampling_costs, self.folder / "runs", ways, self.config.dmmd)
             write_json(path, known)
         return known
 
-    def seconds_per_picture(self, label: str, nfe: int) -> float:
-        """What a picture takes by these, decoding included."""
+    def seconds_per_picture(self, label: str, nfe: int, speed: dict[str, dict]) -> float:
+        """What a picture takes by these speeds, decoding included."""
         on_pixels = [name for name, entry in self.entries.items() if entry.autoencoder.name_or_path is None]
-        decoding = 0 if any(label in self.labels(name) for name in on_pixels) else self.speed()["decode"]["seconds"]
-        return decoding + (nfe * self.speed()[label]["seconds"] if label != GAUSSIAN else 0)
+        decoding = 0 if any(label in self.labels(name) for name in on_pixels) else speed["decode"]["seconds"]
+        return decoding + (nfe * speed[label]["seconds"] if label != GAUSSIAN else 0)
 
     @cached_property
     def extractor(self) -> FeatureExtractorBase:
@@ -354,7 +354,7 @@ class Comparison:
         for label, sets in files.items():
             for nfe in sorted({nfe for nfe, _ in sets}):
                 paths = [path for (n, _), path in sets.items() if n == nfe]
-                seconds = self.seconds_per_picture(label, nfe)
+                seconds = self.seconds_per_picture(label, nfe, speed)
                 scores = self.scores(paths, real)
                 rows.append({"label": label, "nfe": nfe, "seconds_per_picture": seconds, **scores})
         order = torch.randperm(len(real["training"]), generator=torch.Generator().manual_seed(0))
@@ -476,24 +476,16 @@ def generate(pipe: Callable[[], LatentPipeline], how: dict, n: int, generator: t
     return pipe()(n, generator=generator, chunk_size=None, output_type="pt", **how).images
 
 
-def sampler_option(sampler: str | None) -> dict:
-    """The argument of a pipeline's call that names DMMD's sampler."""
-    return {} if sampler is None else {"sampler": sampler}
-
-
 def sampling_costs(
-    runs: Path, ways: dict[str, tuple[str, str | None]], dmmd: str, nfe: int = 5, num_images: int = 32
+    runs: Path, ways: dict[str, tuple[str, dict]], dmmd: str, nfe: int = 5, num_images: int = 32
 ) -> dict[str, dict]:
-    """Seconds and peak memory of one NFE a picture for every way, an entry and a sampler; and of decoding one."""
+    """Seconds and peak memory of one NFE a picture for every way, an entry and options; and of decoding one."""
     pipes = {name: load_pipeline(runs / name / "pipeline") for name in {dmmd, *(name for name, _ in ways.values())}}
     for pipe in pipes.values():
         pipe.set_progress_bar_config(disable=True)
     how = {"num_inference_steps": nfe, "output_type": "latent", "chunk_size": None}
     z = pipes[dmmd].initial_particles(num_images, torch.Generator().manual_seed(0), None)
-    tasks = {
-        label: partial(pipes[name], num_images, **how, **sampler_option(sampler))
-        for label, (name, sampler) in ways.items()
-    }
+    tasks = {label: partial(pipes[name], num_images, **how, **options) for label, (name, options) in ways.items()}
     tasks["decode"] = partial(pipes[dmmd].decode, z, "pt")
     costs = measure(tasks, pipes[dmmd].device, repeats=7)
     each = {label: num_images * (1 if label == "decode" else nfe) for label in tasks}

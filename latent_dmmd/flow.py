@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from latent_dmmd.discrepancy import MMD, Discrepancy, Witness
 from latent_dmmd.features import LevelEmbeddings, MeanEmbeddings
 from latent_dmmd.kernels import LinearKernel
+from latent_dmmd.objective import across_ranks
 
 Sampler = Literal["exact", "approximate", "hybrid"]
 SelfTerm = Literal["include", "leave-one-out", "independent"]
@@ -91,6 +92,10 @@ class FlowOptions:
             raise ValueError(f"self_term must be 'include', 'leave-one-out' or 'independent'; got {self.self_term!r}")
         if self.noise_injection < 0:
             raise ValueError(f"noise_injection must not be negative; got {self.noise_injection}")
+
+    def gathered(self, phi: Tensor) -> Tensor:
+        """Features (N, F) of this process, or those of all W that share the particles, with shape (W N, F)."""
+        return across_ranks(phi[None])[0] if self.across_ranks else phi
 
 
 def flow_schedule(
@@ -149,16 +154,6 @@ def rank_and_size(across_ranks: bool) -> tuple[int, int]:
     if not across_ranks or not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
-
-
-def gathered(phi: Tensor, across_ranks: bool) -> Tensor:
-    """Features (N, F) of every process, with shape (W N, F), in the order of ranks."""
-    _, size = rank_and_size(across_ranks)
-    if size == 1:
-        return phi
-    parts = [torch.empty_like(phi) for _ in range(size)]
-    dist.all_gather(parts, phi.contiguous())
-    return torch.cat(parts)
 
 
 def steps_for_nfe(nfe: int, num_stored_levels: int) -> tuple[int, int]:
@@ -244,7 +239,7 @@ def gradient_at_level(
     elif options.noise_injection or size < len(z):
         with torch.no_grad():
             particles = torch.cat([feature_net(chunk, embeddings.t) for chunk in z.split(size)])
-        witness = ExactWitness(gathered(particles, options.across_ranks), embeddings, options)
+        witness = ExactWitness(options.gathered(particles), embeddings, options)
     gradients = []
     for start in range(0, len(z), size):
         which = slice(first + start, first + min(start + size, len(z)))
@@ -252,7 +247,7 @@ def gradient_at_level(
             chunk = query[start : start + size].detach().requires_grad_()
             phi = feature_net(chunk, embeddings.t)
             # all particles of this process in one chunk: their features are at hand
-            witness = witness or ExactWitness(gathered(phi.detach(), options.across_ranks), embeddings, options)
+            witness = witness or ExactWitness(options.gathered(phi.detach()), embeddings, options)
             (gradient,) = torch.autograd.grad(witness(phi, which).sum(), chunk)
         gradients.append(gradient)
     return torch.cat(gradients)

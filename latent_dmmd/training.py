@@ -281,8 +281,7 @@ def train(config: Config) -> Path:
         # at a constant learning rate nothing that was trained depends on the number of steps
         constant = options.learning_rate_schedule == "constant"
         folder = prepare_run_folder(config, ("training.num_steps",) if constant else ())
-        if accelerator.is_main_process and (incomplete := pass_over_incomplete(folder)):
-            accelerator.print(f"passing over {', '.join(incomplete)}: not complete")
+        pass_over_incomplete(accelerator, folder)
     resume_from = checkpoint_to_resume(folder, config.resume_from_checkpoint, options.num_steps)
 
     # load

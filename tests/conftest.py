@@ -1,5 +1,6 @@
 """Tiny networks and pictures that the tests share."""
 
+import json
 import os
 
 # no test asks the network
@@ -13,6 +14,9 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from PIL import Image
 
 from latent_dmmd import FeatureNet, LatentDMMDPipeline, MeanEmbeddings
+from latent_dmmd.data import DataError
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
 def build_kl():
@@ -125,3 +129,27 @@ def tiny_pipeline(tiny_vae):
     pipe = LatentDMMDPipeline(net, stored, tiny_vae, [0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 0.5, 1.5])
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def solid(mode, color, size=(8, 8)):
+    return Image.new(mode, size, color)
+
+
+def refusal(function, *args, **options):
+    """The message of the DataError, which is one line."""
+    with pytest.raises(DataError) as caught:
+        function(*args, **options)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def weights(folder):
+    """The features' weights in the pipeline of a run folder."""
+    return LatentDMMDPipeline.from_pretrained(folder / "pipeline").feature_net.state_dict()
+
+
+def metrics(folder):
+    """The lines of a run's metrics, without their times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]

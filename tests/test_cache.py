@@ -11,8 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import frozen
-from PIL import Image
+from conftest import RED, WHITE, frozen, refusal, solid
 from safetensors.torch import load_file
 
 from latent_dmmd import cache as caching
@@ -22,20 +21,6 @@ from latent_dmmd.data import DataError, load_pictures
 from latent_dmmd.latents import encode_moments, standardise, to_pixels
 
 ROOT = Path(__file__).parents[1]
-RED, WHITE = (255, 0, 0), (255, 255, 255)
-
-
-def solid(mode, color, size=(8, 8)):
-    return Image.new(mode, size, color)
-
-
-def refusal(function, *args, **options):
-    """The message of the DataError, which is one line."""
-    with pytest.raises(DataError) as caught:
-        function(*args, **options)
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
 
 
 @pytest.fixture
@@ -401,7 +386,7 @@ def test_draws_from_shards_are_those_from_one(tiny_vae, pictures, tmp_path):
 MEMORY = """
 import resource, sys
 import torch
-from conftest import frozen
+from conftest import RED, WHITE, frozen, refusal, solid
 from latent_dmmd.cache import cache_latents
 from latent_dmmd.data import load_pictures
 

@@ -6,16 +6,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from conftest import BLUE, GREEN, RED, WHITE, refusal, solid
 from PIL import Image
 
 from latent_dmmd import data
 from latent_dmmd.data import DataError, load_pictures, read_picture
-
-RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-
-
-def solid(mode, color, size=(8, 8)):
-    return Image.new(mode, size, color)
 
 
 def noise(*size):
@@ -25,15 +20,6 @@ def noise(*size):
 def assert_color(picture, color, tolerance=0):
     assert picture.dtype == torch.uint8
     assert (picture - torch.tensor(color).view(3, 1, 1)).abs().max() <= tolerance
-
-
-def refusal(function, *args, **options):
-    """The message of the DataError, which is one line."""
-    with pytest.raises(DataError) as caught:
-        function(*args, **options)
-    text = str(caught.value)
-    assert "\n" not in text
-    return text
 
 
 # reading one picture

@@ -14,11 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import tiny_pipeline
+from conftest import metrics, tiny_pipeline, weights
 
 from latent_dmmd.checkpoints import checkpoints_in, is_complete
 from latent_dmmd.config import Config, ConfigError, parse_config
-from latent_dmmd.pipeline import LatentDMMDPipeline, load_pipeline
+from latent_dmmd.pipeline import load_pipeline
 from latent_dmmd.training import train
 
 ROOT = Path(__file__).parents[1]
@@ -39,15 +39,6 @@ def train_apart(*args):
     result = script(text + "print(train(parse_config(Config, sys.argv[1:])))", *args)
     assert result.returncode == 0, result.stderr
     return Path(result.stdout.splitlines()[-1])
-
-
-def weights(folder):
-    return LatentDMMDPipeline.from_pretrained(folder / "pipeline").feature_net.state_dict()
-
-
-def metrics(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
 
 
 # one process, which imported everything and computed nothing, forks the runs: a kill costs no new imports
@@ -87,8 +78,7 @@ def test_killed_at_any_moment(arguments, tmp_path, count):
     assert latest == sorted(latest)  # nothing that was saved is lost again
     if count > 50:
         assert any(state["aside"] for state in states), "no kill inside a write"
-    steps = latest[-1]
-    steps = str(steps + 2)
+    steps = str(latest[-1] + 2)
     killed = train_apart(*arguments, *EVERY_STEP, "--training.num_steps", steps)
     assert not list(killed.glob(".checkpoint-*"))
     whole = ["--training.num_steps", steps, "--output_dir", str(tmp_path / "whole")]

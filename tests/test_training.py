@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import metrics, weights
 from PIL import Image
 
 from latent_dmmd import LatentDMMDPipeline
@@ -26,10 +27,6 @@ def script(name, *args, **environment):
         command = [sys.executable, str(ROOT / "scripts" / name)]
     env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run([*command, *args], capture_output=True, text=True, env=env)
-
-
-def weights(folder):
-    return LatentDMMDPipeline.from_pretrained(folder / "pipeline").feature_net.state_dict()
 
 
 @pytest.mark.parametrize("objective", [["dmmd"], ["witness-matching"], ["witness-matching", "batch"]])
@@ -167,10 +164,7 @@ def test_resume_is_exact(arguments, tmp_path):
     resumed = train(parse_config(Config, [*arguments, "--output_dir", str(broken)]))
     for (name, a), b in zip(weights(whole).items(), weights(resumed).values()):
         assert torch.equal(a, b), name
-    without_time = lambda p: [  # noqa: E731
-        {k: v for k, v in json.loads(line).items() if k != "seconds"} for line in p.read_text().splitlines()
-    ]
-    assert without_time(whole / "metrics.jsonl") == without_time(resumed / "metrics.jsonl")
+    assert metrics(whole) == metrics(resumed)
 
 
 def test_a_metrics_line_that_was_cut_off_is_left_out(arguments, tmp_path):
