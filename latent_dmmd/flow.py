@@ -52,12 +52,14 @@ SelfTerm = Literal["include", "leave-one-out", "independent"]
 
 @dataclass(frozen=True)
 class FlowStep:
-    """One step Z ← scale · Z − step_size ∇f; `level` indexes the stored levels, `exact` picks the witness."""
+    """One step Z ← scale · Z − step_size ∇f; `level` indexes the stored levels, `exact` picks the witness, and `end` is
+    the noise level that the step leads to."""
 
     level: int
     step_size: float
     exact: bool
     scale: float = 1.0
+    end: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -106,26 +108,31 @@ def flow_schedule(
     step_size: float | None = None,
     hybrid_level: float = 0.3,
     rescale: bool = True,
+    start: float = 1.0,
 ) -> list[FlowStep]:
     """All steps of a flow, from high noise to low.
 
     Args:
         embeddings: The stored mean embeddings.
         sampler: Which witness.
-        num_noise_levels: K, at most the number T of stored levels, which are thinned evenly.
+        num_noise_levels: K, at most the number of stored levels up to `start`, which are thinned evenly.
         steps_per_level: N_s.
         step_size: A constant η for every level, as in the paper; calibrated if None.
         hybrid_level: The hybrid sampler is exact for levels up to this one, in [0, 1].
         rescale: Whether exact witnesses will be brought to the stored norm; see the module's text.
+        start: Noise level of the initial particles, in (0, 1]; the flow begins at the highest stored level up to it.
 
     Raises:
         ValueError: If an argument is out of range; the message names it.
     """
-    available = len(embeddings.levels)
+    available = num_levels_up_to(start, embeddings)
     if sampler not in ("exact", "approximate", "hybrid"):
         raise ValueError(f"sampler must be 'exact', 'approximate' or 'hybrid'; got {sampler!r}")
     if not 1 <= num_noise_levels <= available:
-        raise ValueError(f"num_noise_levels must be in [1, {available}], the stored levels; got {num_noise_levels}")
+        up_to = "" if available == len(embeddings.levels) else f" up to {start:g}"
+        raise ValueError(
+            f"num_noise_levels must be in [1, {available}], the stored levels{up_to}; got {num_noise_levels}"
+        )
     if steps_per_level < 1:
         raise ValueError(f"steps_per_level must be at least 1; got {steps_per_level}")
     if step_size is not None and step_size <= 0:
@@ -137,16 +144,24 @@ def flow_schedule(
         t, end = times[level], 0.0 if following is None else times[following]
         exact = sampler == "exact" or (sampler == "hybrid" and t <= hybrid_level)
         for n in range(steps_per_level):
-            if step_size is not None:
-                steps.append(FlowStep(level, step_size, exact))
-                continue
             here, there = (t + (end - t) * i / steps_per_level for i in (n, n + 1))
+            if step_size is not None:
+                steps.append(FlowStep(level, step_size, exact, end=there))
+                continue
             scale, fraction = process.step_coefficients(t, here, there)
             if exact and not rescale:
                 at_t, at_here = process.displacement(torch.tensor([t, here], dtype=torch.float64)).tolist()
                 fraction *= at_t / at_here
-            steps.append(FlowStep(level, embeddings.gradient_scale[level].item() * fraction, exact, scale))
+            steps.append(FlowStep(level, embeddings.gradient_scale[level].item() * fraction, exact, scale, there))
     return steps
+
+
+def num_levels_up_to(start: float, embeddings: MeanEmbeddings) -> int:
+    """How many stored levels are not above `start`. Raises ValueError if none is."""
+    count = int((embeddings.levels <= start + 1e-6).sum())
+    if not count or start > 1:
+        raise ValueError(f"start must be in [{embeddings.levels.min().item():g}, 1]; got {start}")
+    return count
 
 
 def rank_and_size(across_ranks: bool) -> tuple[int, int]:

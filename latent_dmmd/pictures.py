@@ -1,4 +1,4 @@
-"""Pictures on disk: PNG files, labelled grids, loss curves."""
+"""Pictures on disk: PNG files, labelled grids, animations, loss curves."""
 
 import json
 from pathlib import Path
@@ -48,6 +48,19 @@ def labelled_grid(rows: dict[str, Tensor], columns: int = 8, side: int | None = 
             grid.paste(picture, (side * (i % columns), top + caption + side * (i // columns)))
         top += heights[name]
     return grid
+
+
+def save_animation(frames: Tensor, path: str | Path, milliseconds: int = 120) -> None:
+    """Write an animated WebP that rests on its last frame.
+
+    Args:
+        frames: uint8, with shape (F, B, 3, H, W); the B pictures of a frame stand side by side.
+        path: The file, .webp.
+        milliseconds: Of each frame.
+    """
+    first, *others = [to_pil(rearrange(frame, "b c h w -> c h (b w)")) for frame in frames]
+    durations = [milliseconds] * len(others) + [10 * milliseconds]
+    first.save(path, save_all=True, append_images=others, duration=durations, loop=0, quality=80)
 
 
 def plot_losses(metrics: Path, path: Path) -> None:

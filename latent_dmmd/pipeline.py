@@ -26,9 +26,11 @@ from latent_dmmd.flow import (
     SelfTerm,
     flow_schedule,
     gradient_flow,
+    num_levels_up_to,
     rank_and_size,
     steps_for_nfe,
 )
+from latent_dmmd.forward import LinearInterpolant
 from latent_dmmd.latents import (
     Autoencoder,
     decode_pixels,
@@ -104,23 +106,41 @@ class LatentPipeline(DiffusionPipeline):
             raise ValueError(f"latents must have shape {shape}; got {tuple(latents.shape)}")
         return latents.to(device=self._execution_device, dtype=torch.float32).chunk(num_ranks)[rank]
 
+    def trajectory(self, num_inference_steps: int, start: float = 1.0) -> list[float]:
+        """Noise levels of the linear interpolant before the first step of a call, and after each.
+
+        Args:
+            num_inference_steps: As of the call.
+            start: As of the call.
+
+        Raises:
+            ValueError: If an argument is out of range, or particles follow another forward process.
+        """
+        raise NotImplementedError
+
     @torch.no_grad()
     def encode(self, images_uint8: Tensor, chunk_size: int = 16) -> Tensor:
         """Standardised particles (B, C, h, w), on the CPU, of pictures (B, 3, H, W): means of the posterior."""
-        particles = []
-        for chunk in to_pixels(images_uint8).split(chunk_size):
-            pixels = chunk.to(self._execution_device)
-            raw = pixels if self.vae is None else encode_moments(self.vae, pixels)[0]
-            particles.append(standardise(raw, self.config.latents_mean, self.config.latents_std).cpu())
-        return torch.cat(particles)
+        chunks = to_pixels(images_uint8).split(chunk_size)
+        return torch.cat([self.encode_pixels(chunk.to(self._execution_device)).cpu() for chunk in chunks])
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Standardised particles (B, C, h, w) of pixels in [-1, 1], with shape (B, 3, H, W), in one chunk."""
+        raw = pixels if self.vae is None else encode_moments(self.vae, pixels)[0]
+        return standardise(raw, self.config.latents_mean, self.config.latents_std)
+
+    @torch.no_grad()
+    def decode_to_pixels(self, z: Tensor) -> Tensor:
+        """Pixels near [-1, 1], with shape (B, 3, H, W), of standardised particles, in one chunk."""
+        raw = unstandardise(z, self.config.latents_mean, self.config.latents_std)
+        return raw if self.vae is None else decode_pixels(self.vae, raw)
 
     @torch.no_grad()
     def decode(self, z: Tensor, output_type: OutputType = "pil", chunk_size: int | None = 64) -> Tensor | list:
         """Pictures of standardised particles (B, C, h, w), `chunk_size` at a time."""
-        raw = unstandardise(z, self.config.latents_mean, self.config.latents_std)
-        if self.vae is not None:
-            raw = torch.cat([decode_pixels(self.vae, chunk) for chunk in raw.split(chunk_size or len(raw))])
-        return self.image_processor.postprocess(raw, output_type=output_type)
+        pixels = torch.cat([self.decode_to_pixels(chunk) for chunk in z.split(chunk_size or len(z))])
+        return self.image_processor.postprocess(pixels, output_type=output_type)
 
     def after_step(self, callback: Callable | None, i: int, t: float, z: Tensor) -> Tensor:
         """The particles after a step: a callback sees them, and may replace them."""
@@ -136,9 +156,11 @@ class LatentPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
-def check_output_type(output_type: str) -> None:
-    if output_type not in ("pil", "np", "pt", "latent"):
-        raise ValueError(f"output_type must be 'pil', 'np', 'pt' or 'latent'; got {output_type!r}")
+def check_output_type(output_type: str, latent: bool = True) -> None:
+    """Raise ValueError unless it is one of `OutputType`; `latent` only where it can be had."""
+    kinds = ("pil", "np", "pt", "latent") if latent else ("pil", "np", "pt")
+    if output_type not in kinds:
+        raise ValueError(f"output_type must be one of {', '.join(kinds)}; got {output_type!r}")
 
 
 class LatentDMMDPipeline(LatentPipeline):
@@ -173,6 +195,17 @@ class LatentDMMDPipeline(LatentPipeline):
         """φ."""
         return self.feature_net
 
+    def levels_and_steps(self, num_inference_steps: int, start: float) -> tuple[int, int]:
+        """K and N_s of an NFE, from `start` on. Raises ValueError if one of them is out of range."""
+        return steps_for_nfe(num_inference_steps, num_levels_up_to(start, self.mean_embeddings))
+
+    def trajectory(self, num_inference_steps: int, start: float = 1.0) -> list[float]:
+        if not isinstance(self.mean_embeddings.process, LinearInterpolant):
+            raise ValueError("only flows of the linear forward process can be edited; see objective.forward_process")
+        counts = self.levels_and_steps(num_inference_steps, start)
+        steps = flow_schedule(self.mean_embeddings, "approximate", *counts, start=start)
+        return [self.mean_embeddings.levels[steps[0].level].item(), *(step.end for step in steps)]
+
     @torch.no_grad()
     def __call__(
         self,
@@ -183,6 +216,7 @@ class LatentDMMDPipeline(LatentPipeline):
         num_inference_steps: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
+        start: float = 1.0,
         step_size: float | None = None,
         self_term: SelfTerm = "include",
         noise_injection: float = 0.0,
@@ -203,6 +237,7 @@ class LatentDMMDPipeline(LatentPipeline):
             num_inference_steps: The number of evaluations, instead of levels and steps: as many levels as divide it.
             generator: Source of the initial noise, and of the injected; a list gives every picture its own.
             latents: Initial standardised particles, with shape (batch_size, C, h, w), instead of noise.
+            start: Noise level of `latents`, in (0, 1]; the flow begins at the highest stored level up to it.
             step_size: A constant η instead of the calibrated one, and exact witnesses of the particles' own length: the
                 paper's flow.
             self_term: The exact witness at a particle may "include" its own feature, "leave-one-out", or be that of the
@@ -226,8 +261,9 @@ class LatentDMMDPipeline(LatentPipeline):
         # 1. check
         check_output_type(output_type)
         if num_inference_steps is not None:
-            num_noise_levels, steps_per_level = steps_for_nfe(num_inference_steps, len(self.mean_embeddings.levels))
-        steps = flow_schedule(self.mean_embeddings, sampler, num_noise_levels, steps_per_level, step_size)
+            num_noise_levels, steps_per_level = self.levels_and_steps(num_inference_steps, start)
+        schedule = (self.mean_embeddings, sampler, num_noise_levels, steps_per_level, step_size)
+        steps = flow_schedule(*schedule, start=start)
 
         # 2. initial particles
         z = self.initial_particles(batch_size, generator, latents, across_ranks)
@@ -288,6 +324,18 @@ class LatentSchedulerPipeline(LatentPipeline):
         """The network."""
         return self.network
 
+    @property
+    def matches_flow(self) -> bool:
+        """Whether particles follow the linear interpolant: flow matching, and one-step generators."""
+        return "sigmas" in inspect.signature(self.scheduler.set_timesteps).parameters
+
+    def trajectory(self, num_inference_steps: int, start: float = 1.0) -> list[float]:
+        if not self.matches_flow:
+            raise ValueError("only flows of the linear forward process can be edited; this pipeline has another")
+        if not 0 < start <= 1:
+            raise ValueError(f"start must be in (0, 1]; got {start}")
+        return np.linspace(start, 0, num_inference_steps + 1).tolist()
+
     @torch.no_grad()
     def __call__(
         self,
@@ -295,6 +343,7 @@ class LatentSchedulerPipeline(LatentPipeline):
         num_inference_steps: int = 50,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
+        start: float = 1.0,
         chunk_size: int | None = 64,
         across_ranks: bool = False,
         output_type: OutputType = "pil",
@@ -308,6 +357,7 @@ class LatentSchedulerPipeline(LatentPipeline):
             num_inference_steps: Steps of the scheduler, the NFE.
             generator: Source of the initial noise; a list gives every picture its own.
             latents: Initial standardised particles, with shape (batch_size, C, h, w), instead of noise.
+            start: Flow matching: noise level of `latents`, in (0, 1].
             chunk_size: Particles that pass through the network or the decoder at once; all if None.
             across_ranks: Whether the processes of a distributed run share the particles: each returns its part, in the
                 order of ranks, of what one process would have made.
@@ -327,10 +377,12 @@ class LatentSchedulerPipeline(LatentPipeline):
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1; got {num_inference_steps}")
         z = self.initial_particles(batch_size, generator, latents, across_ranks)
-        if "sigmas" in inspect.signature(self.scheduler.set_timesteps).parameters:
-            # equal steps from 1 to 0; the scheduler's own end one early, at its smallest sigma
-            sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
+        if self.matches_flow:
+            # equal steps from start to 0; the scheduler's own end one early, at its smallest sigma
+            sigmas = self.trajectory(num_inference_steps, start)[:-1]
             self.scheduler.set_timesteps(sigmas=sigmas, device=z.device)
+        elif start != 1:
+            raise ValueError(f"start={start} needs flow matching; this pipeline begins at 1")
         else:
             self.scheduler.set_timesteps(num_inference_steps, device=z.device)
         num_times = self.scheduler.config.num_train_timesteps
