@@ -33,6 +33,7 @@ ORDER = [
     "compare",
     "report",
     "diagnosis",
+    "demo",
     "toy2d",
 ]
 

@@ -1,0 +1,41 @@
+"""A page to play with trained pipelines, at a local address: python scripts/demo.py.
+
+Generate and watch the flow, inpaint with a brush, diagnose. Needs pip install "latent-dmmd[app]".
+"""
+
+import os
+import sys
+from argparse import ArgumentError
+
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
+
+from latent_dmmd.latents import BUNDLED_AT
+
+BUNDLED = {name: str(BUNDLED_AT.parents[1] / name) for name in ("elpv-dmmd", "elpv-flow-matching")}
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--pipelines", type=dict[str, str], default=BUNDLED, help="Names and folders of pipelines.")
+    parser.add_argument(
+        "--server_name", type=str, default="127.0.0.1", help="Address; 0.0.0.0 shows it to the network."
+    )
+    parser.add_argument("--server_port", type=PositiveInt, default=7860, help="Port.")
+    args = parser.parse_args()
+
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
+    try:
+        from latent_dmmd.demo import THEME, build_demo
+    except ImportError as error:
+        raise ImportError(f'the page needs Gradio: pip install "latent-dmmd[app]" ({error})') from error
+    page = build_demo(args.pipelines)
+    page.launch(server_name=args.server_name, server_port=args.server_port, theme=THEME, footer_links=[])
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ArgumentError, ImportError, OSError, ValueError) as error:
+        print(f"demo.py: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

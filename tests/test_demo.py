@@ -1,0 +1,103 @@
+"""The page in a real browser: one generation, one inpainting, and what goes wrong."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from conftest import frozen, tiny_pipeline
+
+pytest.importorskip("gradio")
+playwright = pytest.importorskip("playwright.sync_api")
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+if BROWSER is None:
+    pytest.skip("no Chromium on this machine", allow_module_level=True)
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """The page of a tiny pipeline, served by the script."""
+    folder = tmp_path_factory.mktemp("demo")
+    tiny_pipeline(frozen("AutoencoderKL")).save_pretrained(folder / "tiny")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, str(ROOT / "scripts" / "demo.py"), "--pipelines", f"{{tiny: {folder / 'tiny'}}}"]
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen([*command, "--server_port", str(port)], stdout=log, stderr=log)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(url).close()
+                break
+            except OSError:
+                assert server.poll() is None, (folder / "log").read_text()
+                time.sleep(0.5)
+        yield url
+    finally:
+        server.kill()
+        server.wait()
+    assert "Traceback" not in (folder / "log").read_text(), (folder / "log").read_text()
+
+
+@pytest.fixture
+def page(address):
+    """The page in a browser that notes every request to elsewhere."""
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.set_default_timeout(60_000)
+        elsewhere = []
+        page.on("request", lambda request: elsewhere.append(request.url) if not local(request.url, address) else None)
+        page.goto(address)
+        # the tiny pipeline has four noise levels
+        page.get_by_label("number input for Noise levels").fill("4")
+        yield page
+        if os.environ.get("SCREENSHOTS"):
+            page.screenshot(path=f"{os.environ['SCREENSHOTS']}/{time.monotonic_ns()}.png", full_page=True)
+        browser.close()
+    assert not elsewhere
+
+
+def local(url, address):
+    return url.startswith((address, "data:", "blob:"))
+
+
+def test_generate_then_inpaint(page):
+    page.locator("#generate").click()
+    page.locator("#pictures img").first.wait_for()
+    page.locator("#flow img").wait_for()
+    with page.expect_download() as download:
+        page.locator("#download").click()
+    assert download.value.suggested_filename == "pictures.zip"
+
+    page.get_by_role("tab", name="Inpaint").click()
+    page.locator("#take").click()
+    page.wait_for_timeout(1500)
+    box = page.locator("#drawing canvas").first.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 20, y)
+    page.mouse.down()
+    page.mouse.move(x + 20, y + 10, steps=5)
+    page.mouse.up()
+    page.get_by_label("number input for Steps", exact=True).fill("2")
+    page.locator("#inpaint").click()
+    page.locator("#edited img").first.wait_for()
+
+
+def test_bad_input_is_a_message(page):
+    page.get_by_role("tab", name="Inpaint").click()
+    page.locator("#inpaint").click()
+    page.get_by_text("load a picture first").wait_for()
+    page.get_by_role("tab", name="Diagnose").click()
+    page.get_by_label("Pictures it was trained on").fill("/nowhere")
+    page.locator("#diagnose").click()
+    page.get_by_text("no folder /nowhere").wait_for()
