@@ -164,8 +164,8 @@ class MMDGAN(DMMD):
         total = penalty - value + (descent * generated).sum()
         return Terms(total, {name: term.detach() for name, term in named.items()})
 
-    def features(self, x: Tensor, level: Tensor, net: nn.Module | None = None) -> Tensor:
-        """φ at noise level 0, whatever `level`: (1, B, C, H, W) to (1, B, F)."""
+    def features(self, batch: Batch, x: Tensor, net: nn.Module | None = None) -> Tensor:
+        """φ at noise level 0, whatever the batch's: (1, B, C, H, W) to (1, B, F)."""
         return (net or self.feature_net)(x.flatten(0, 1), torch.zeros(()).to(x)).unflatten(0, x.shape[:2])
 
 

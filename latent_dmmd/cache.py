@@ -27,8 +27,24 @@ CACHE_FORMAT = 2
 SKIP_HINT = "pass --data.on_bad_image skip to leave out pictures that cannot be read"
 
 
+class Labelled:
+    """What both kinds of particles know of classes: `labels`, a class for each, or None."""
+
+    @cached_property
+    def members(self) -> list[Tensor]:
+        """Indices of the pictures of every class; empty without classes."""
+        return [] if self.labels is None else [torch.where(self.labels == c)[0] for c in self.labels.unique()]
+
+    def random_pictures(self, count: int, generator: torch.Generator, label: int | None) -> Tensor:
+        """Indices of random pictures, of one class or of any if None."""
+        if label is None:
+            return torch.randint(len(self), (count,), generator=generator)
+        members = self.members[label]
+        return members[torch.randint(len(members), (count,), generator=generator)]
+
+
 @dataclass(frozen=True)
-class LatentCache:
+class LatentCache(Labelled):
     """Posterior moments of a data set, and what standardises them.
 
     Shards from a cache on the disk are memory-mapped: a draw reads what it needs, and the system drops it again.
@@ -39,12 +55,14 @@ class LatentCache:
         channel_mean: Mean of raw latents per channel, with shape (C).
         channel_std: Their standard deviation per channel, with shape (C).
         skipped: Names of pictures that could not be read.
+        labels: Class of every picture, with shape (N); None if there are no classes.
     """
 
     shards: tuple[tuple[Tensor, Tensor | None], ...]
     channel_mean: Tensor
     channel_std: Tensor
     skipped: tuple[str, ...] = ()
+    labels: Tensor | None = None
 
     def __len__(self) -> int:
         return sum(len(mean) for mean, _ in self.shards)
@@ -65,10 +83,11 @@ class LatentCache:
         deviations = [std for _, std in self.shards]
         return None if deviations[0] is None else torch.cat(deviations)
 
-    def draw(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """Standardised latents of random pictures in random orientations, with shape (batch_size, C, h, w)."""
+    def draw(self, batch_size: int, generator: torch.Generator, label: int | None = None) -> Tensor:
+        """Standardised latents of random pictures, of one class or of any if None, in random orientations, with shape
+        (batch_size, C, h, w)."""
         num_orientations = self.shards[0][0].shape[1]
-        index = torch.randint(len(self), (batch_size,), generator=generator)
+        index = self.random_pictures(batch_size, generator, label)
         orientation = torch.randint(num_orientations, (batch_size,), generator=generator).tolist()
         which = torch.bucketize(index, self.starts, right=True) - 1
         rows = list(zip(which.tolist(), (index - self.starts[which]).tolist(), orientation))
@@ -80,7 +99,7 @@ class LatentCache:
 
 
 @dataclass(frozen=True)
-class PixelCache:
+class PixelCache(Labelled):
     """Pictures of a data set as particles, and what standardises them.
 
     Attributes:
@@ -89,6 +108,7 @@ class PixelCache:
         channel_mean: Mean of pixels in [-1, 1] per channel, with shape (3).
         channel_std: Their standard deviation per channel, with shape (3).
         skipped: Names of pictures that could not be read.
+        labels: Class of every picture, with shape (N); None if there are no classes.
     """
 
     images_uint8: Tensor
@@ -96,13 +116,14 @@ class PixelCache:
     channel_mean: Tensor
     channel_std: Tensor
     skipped: tuple[str, ...] = ()
+    labels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images_uint8)
 
-    def draw(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """Standardised random pictures, with shape (batch_size, 3, H, W)."""
-        index = torch.randint(len(self), (batch_size,), generator=generator)
+    def draw(self, batch_size: int, generator: torch.Generator, label: int | None = None) -> Tensor:
+        """Standardised random pictures, of one class or of any if None, with shape (batch_size, 3, H, W)."""
+        index = self.random_pictures(batch_size, generator, label)
         flip = torch.rand(batch_size, generator=generator) < 0.5
         images = self.images_uint8[index]
         if self.horizontal_flip:

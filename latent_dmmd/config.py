@@ -42,6 +42,7 @@ class DataConfig:
         cache_dir: Folder of the encoded pictures; one named by its contents if null.
         num_workers: Processes that decode pictures while they are encoded.
         streaming: Whether tables and hub data are read as they come, without a copy on the disk.
+        class_conditional: Whether features know the classes of pictures: folders, a column `label`, those of elpv.
     """
 
     name_or_path: str = "elpv:train"
@@ -52,8 +53,10 @@ class DataConfig:
     cache_dir: str | None = None
     num_workers: int = 0
     streaming: bool = False
+    class_conditional: bool = False
 
     def __post_init__(self) -> None:
+        check(not (self.streaming and self.class_conditional), "data.class_conditional needs data.streaming=false")
         if self.name_or_path == "elpv":
             self.name_or_path = "elpv:train"
         check(self.resolution > 0, f"data.resolution must be positive; got {self.resolution}")
@@ -139,6 +142,7 @@ class ObjectiveConfig:
         segment: witness-matching: train the witness of a level from there to the next "level", or on the "whole" way.
         momentum: witness-matching: weight of the past in running means.
         refresh_every: witness-matching: steps between refreshes of the running means.
+        label_dropout: With classes: share of the noise levels of a step whose pairs are of any class, in [0, 1].
     """
 
     name: Literal["witness-matching", "dmmd", "flow-matching", "ddpm", "mmd-gan"] = "witness-matching"
@@ -157,6 +161,7 @@ class ObjectiveConfig:
     segment: Segment = "whole"
     momentum: float = 0.97
     refresh_every: int = 4
+    label_dropout: float = 0.2
 
     def __post_init__(self) -> None:
         check(
@@ -171,6 +176,7 @@ class ObjectiveConfig:
         check(self.num_noise_levels > 0, f"objective.num_noise_levels must be positive; got {self.num_noise_levels}")
         check(0 <= self.momentum < 1, f"objective.momentum must be in [0, 1); got {self.momentum}")
         check(self.refresh_every > 0, f"objective.refresh_every must be positive; got {self.refresh_every}")
+        check(0 <= self.label_dropout <= 1, f"objective.label_dropout must be in [0, 1]; got {self.label_dropout}")
         check(self.gradient_center in (0, 1), f"objective.gradient_center must be 0 or 1; got {self.gradient_center}")
         for name in ("gradient_weight", "feature_weight"):
             check(getattr(self, name) >= 0, f"objective.{name} must not be negative; got {getattr(self, name)}")
@@ -206,6 +212,7 @@ class TrainingConfig:
         log_every: Steps between two lines of metrics.jsonl.
         log_with: A tracker besides metrics.jsonl: "tensorboard", "wandb", or null.
         seed: Seed of weights, data order and noise.
+        init_from: Folder of a saved pipeline whose network's weights training begins with; at random if null.
     """
 
     num_steps: int = 1000
@@ -222,6 +229,7 @@ class TrainingConfig:
     log_every: int = 10
     log_with: Literal["tensorboard", "wandb"] | None = None
     seed: int = 0
+    init_from: str | None = None
 
     def __post_init__(self) -> None:
         positive = ("num_steps", "levels_per_step", "learning_rate", "max_grad_norm", "checkpointing_steps")
@@ -285,6 +293,10 @@ class Config:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
+        check(
+            not self.data.class_conditional or self.objective.name in ("witness-matching", "dmmd"),
+            f"data.class_conditional needs objective.name witness-matching or dmmd; got {self.objective.name}",
+        )
         check(
             self.sampling.num_noise_levels <= self.objective.num_noise_levels,
             f"sampling.num_noise_levels={self.sampling.num_noise_levels} exceeds "

@@ -88,12 +88,19 @@ class PictureDataset(Dataset):
         read: From an index to a file or to bytes.
         resolution: R.
         fingerprint: Changes whenever the data do.
+        classes: The name of each picture's class; None if they have none.
     """
 
     def __init__(
-        self, names: list[str], read: Callable[[int], str | Path | bytes], resolution: int, fingerprint: str
+        self,
+        names: list[str],
+        read: Callable[[int], str | Path | bytes],
+        resolution: int,
+        fingerprint: str,
+        classes: list[str] | None = None,
     ) -> None:
         self.names, self.read, self.resolution, self.fingerprint = names, read, resolution, fingerprint
+        self.classes = classes
 
     def __len__(self) -> int:
         return len(self.names)
@@ -109,6 +116,20 @@ class PictureDataset(Dataset):
         """Lists of (name, picture), or (name, error) where it cannot be read, from `start` on, `count` at most."""
         indices = range(start, min(start + count, len(self)))
         return iter(DataLoader(PicturesOrErrors(self, indices), batch_size, num_workers=num_workers, collate_fn=list))
+
+    def labels(self, skipped: tuple[str, ...] = ()) -> tuple[list[str], Tensor]:
+        """Names of the classes, sorted, and the class of every picture but the skipped, with shape (N).
+
+        Raises DataError if pictures have no classes, or only one.
+        """
+        if self.classes is None:
+            raise DataError("these pictures have no classes: use a folder for each class, a column 'label', or elpv")
+        left_out = set(skipped)
+        kept = [c for name, c in zip(self.names, self.classes) if name not in left_out]
+        names = sorted(set(kept))
+        if len(names) < 2:
+            raise DataError(f"all pictures are of one class, {names[0]}")
+        return names, torch.tensor([names.index(c) for c in kept])
 
     def examples(self, count: int, seed: int, skipped: tuple[str, ...] = ()) -> Tensor:
         """Random pictures, none of the skipped, with shape (count, 3, R, R)."""
@@ -198,6 +219,9 @@ def load_pictures(
 ) -> Pictures:
     """A data set of pictures by name.
 
+    Pictures have classes if every one lies in a folder below the given one, whose name is its class; if a table has a
+    column `label`; and in `elpv`.
+
     Args:
         name_or_path: `elpv` or a part of it such as `elpv:train`, see `elpv_files`; a folder of pictures, searched
             through; a parquet or arrow file; or `name` or `name:split` of a data set on the hub, split `train` by
@@ -212,13 +236,16 @@ def load_pictures(
     """
     name, _, split = name_or_path.partition(":")
     if name == "elpv":
-        return pictures_in_files([str(p) for p in elpv_files(split or "all")], resolution)
+        paths = elpv_files(split or "all")
+        return pictures_in_files([str(p) for p in paths], resolution, elpv_classes(paths))
     path = Path(name_or_path)
     if path.is_dir():
         paths = sorted(files_below(str(path)))
         if not paths:
             raise DataError(f"no pictures in {path}: looked for {', '.join(sorted(PICTURE_SUFFIXES))}")
-        return pictures_in_files(paths, resolution)
+        below = [Path(p).relative_to(path).parts for p in paths]
+        sorted_in = all(len(parts) > 1 for parts in below)
+        return pictures_in_files(paths, resolution, [parts[0] for parts in below] if sorted_in else None)
     if path.suffix in (".parquet", ".arrow"):
         if not path.exists():
             raise DataError(f"no file {path}")
@@ -233,9 +260,10 @@ def load_pictures(
         table = datasets.load_dataset(**source, split=split)
     if not len(table):
         raise DataError(f"no pictures in {name_or_path}")
+    classes = [str(value) for value in table["label"]] if "label" in table.column_names else None
     table = undecoded(table, name_or_path, image_column)
     names = [f"{name_or_path}[{i}]" for i in range(len(table))]
-    return PictureDataset(names, lambda i: cell_source(table[i][image_column]), resolution, table._fingerprint)
+    return PictureDataset(names, lambda i: cell_source(table[i][image_column]), resolution, table._fingerprint, classes)
 
 
 def streamed_pictures(name_or_path: str, source: dict, split: str, resolution: int, image_column: str) -> PictureStream:
@@ -299,6 +327,15 @@ def elpv_files(split: str) -> list[Path]:
     return [p for i, p in enumerate(paths) if i % 10 in parts[split]]
 
 
+def elpv_classes(paths: list[Path]) -> list[str]:
+    """Classes of photographs of `elpv-dataset`: the kind of silicon, mono or poly, and whether experts gave a defect a
+    probability above one half, as in "mono defective" and "poly intact"."""
+    lines = (paths[0].parents[1] / "labels.csv").read_text().split("\n")
+    known = {file: (float(probability), kind) for file, probability, kind in map(str.split, filter(None, lines))}
+    found = [known[f"images/{p.name}"] for p in paths]
+    return [f"{kind} {'defective' if probability > 0.5 else 'intact'}" for probability, kind in found]
+
+
 def files_below(folder: str) -> Iterator[str]:
     """Paths of the pictures in a folder and all folders below it, dangling links among them."""
     for entry in os.scandir(folder):
@@ -308,14 +345,14 @@ def files_below(folder: str) -> Iterator[str]:
             yield entry.path
 
 
-def pictures_in_files(paths: list[str], resolution: int) -> PictureDataset:
+def pictures_in_files(paths: list[str], resolution: int, classes: list[str] | None = None) -> PictureDataset:
     """Pictures in files; the fingerprint covers their names, sizes and times."""
     digest = hashlib.sha256()
     for path in paths:
         # a dangling link is named when it is read
         status = os.stat(path) if os.path.exists(path) else os.lstat(path)
         digest.update(f"{os.path.basename(path)} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return PictureDataset(paths, paths.__getitem__, resolution, digest.hexdigest()[:16])
+    return PictureDataset(paths, paths.__getitem__, resolution, digest.hexdigest()[:16], classes)
 
 
 def keyed_generator(*key: int) -> torch.Generator:

@@ -72,7 +72,7 @@ class Diagnosis:
     def __init__(self, pipeline: LatentDMMDPipeline, x_0: Tensor, seed: int = 0) -> None:
         if len(x_0) < 4:
             raise ValueError(f"a diagnosis needs at least 4 clean particles; got {len(x_0)}")
-        self.pipeline, self.net, self.embeddings = pipeline, pipeline.feature_net, pipeline.mean_embeddings
+        self.pipeline, self.net, self.embeddings = pipeline, pipeline.feature_net, pipeline.mean_embeddings.of_class()
         device = self.embeddings.levels.device
         self.noised, self.data = x_0[: len(x_0) // 2 * 2].to(device).chunk(2)
         self.generator = torch.Generator().manual_seed(seed)

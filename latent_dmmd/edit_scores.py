@@ -28,7 +28,7 @@ class EditScores:
     Args:
         psnr: Over what was made, in dB.
         perceptual: Perceptual distance over what was made.
-        consistency: PSNR over what was given, in dB; None if it is given exactly.
+        consistency: PSNR over what was given, pooled over pictures, in dB; None if they have it exactly.
         diversity: Over what was made, in grey levels; None with one variation.
     """
 
@@ -42,6 +42,11 @@ def psnr(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
     """Of uint8 pictures (B, 3, H, W), where the mask (B, 1, H, W) is 1, in dB, with shape (B); infinite if equal."""
     error = ((x.float() - y.float()).square().mean(1) * mask[:, 0]).flatten(1).sum(1)
     return 10 * torch.log10(255**2 * mask.flatten(1).sum(1) / error)
+
+
+def pooled(values: Tensor) -> float:
+    """The PSNR, in dB, of the mean squared error of several."""
+    return -10 * torch.log10((10 ** (-values / 10)).mean()).item()
 
 
 @torch.no_grad()
@@ -164,6 +169,6 @@ class EditComparison:
         return EditScores(
             psnr=psnr(edited, originals, mask).mean().item(),
             perceptual=perceptual_distance(self.net, edited, originals, mask).mean().item(),
-            consistency=None if consistency.isinf().any() else consistency.mean().item(),
+            consistency=None if consistency.isinf().all() else pooled(consistency),
             diversity=diversity,
         )

@@ -285,5 +285,6 @@ EDITORS = {
 
 def editor_of(pipe: LatentPipeline, task: str) -> Editing:
     """A pipeline for "inpaint" or "upscale" that has a loaded one's parts."""
-    statistics = {name: pipe.config[name] for name in ("latents_mean", "latents_std")}
-    return EDITORS[type(pipe), task](**pipe.components, **statistics)
+    names = ("latents_mean", "latents_std", "class_names")
+    options = {name: pipe.config[name] for name in names if name in pipe.config}
+    return EDITORS[type(pipe), task](**pipe.components, **options)

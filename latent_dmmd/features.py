@@ -87,6 +87,7 @@ class PatchUNet(ModelMixin, ConfigMixin):
         attention_levels: Whether a level has attention, for each level.
         num_groups: Groups of the normalisation.
         conv_in_kernel: Side of the first convolution in patches; 1 is a plain patch embedding.
+        num_classes: Classes of particles C that the maps may be asked for; class C stands for any.
 
     Raises:
         ValueError: If the sizes do not fit each other.
@@ -105,6 +106,7 @@ class PatchUNet(ModelMixin, ConfigMixin):
         attention_levels: tuple[bool, ...],
         num_groups: int,
         conv_in_kernel: int = 3,
+        num_classes: int = 0,
     ) -> None:
         super().__init__()
         num_levels = len(block_out_channels)
@@ -118,6 +120,9 @@ class PatchUNet(ModelMixin, ConfigMixin):
         self.embedding_dim = 2 * block_out_channels[0]
         self.patch_dim = in_channels * patch_size**2
         self.time_embedding = TimeEmbedding(self.embedding_dim)
+        if num_classes:
+            self.class_embedding = nn.Embedding(num_classes + 1, self.embedding_dim)
+            nn.init.zeros_(self.class_embedding.weight)
         self.conv_in = nn.Conv2d(self.patch_dim, block_out_channels[0], conv_in_kernel, padding="same")
 
         def level(channels: int, attention: bool, previous: int | None = None) -> nn.ModuleList:
@@ -134,12 +139,13 @@ class PatchUNet(ModelMixin, ConfigMixin):
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
         self.act = nn.SiLU()
 
-    def maps(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def maps(self, x: Tensor, t: Tensor, label: Tensor | int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """What the U-Net makes of particles.
 
         Args:
             x: Particles, with shape (B, C, H, W).
             t: Noise levels in [0, 1], with shape (B) or ().
+            label: Classes, with shape (B) or one for all; any class if None.
 
         Returns:
             The patches, with shape (B, C p², H / p, W / p); the output maps on them, with shape (B, out_channels,
@@ -154,6 +160,10 @@ class PatchUNet(ModelMixin, ConfigMixin):
         p = self.config.patch_size
         x = rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=p, q=p)
         embedding = self.time_embedding(t.expand(len(x)))
+        num_classes = self.config.get("num_classes", 0)
+        if num_classes:
+            label = torch.as_tensor(num_classes if label is None else label, device=x.device)
+            embedding = embedding + self.class_embedding(label.expand(len(x)))
 
         h = self.conv_in(x)
         skips = []
@@ -203,6 +213,7 @@ class FeatureNet(PatchUNet):
         num_groups: Groups of the normalisation.
         conv_in_kernel: Side of the first convolution in patches; 1 is a plain patch embedding.
         squared_norm: Whether features see the squared norm of the whole input.
+        num_classes: Classes of particles C that features may be asked for; class C stands for any.
 
     Raises:
         ValueError: If the sizes do not fit each other.
@@ -221,6 +232,7 @@ class FeatureNet(PatchUNet):
         num_groups: int = 8,
         conv_in_kernel: int = 3,
         squared_norm: bool = False,
+        num_classes: int = 0,
     ) -> None:
         super().__init__(
             sample_size,
@@ -232,6 +244,7 @@ class FeatureNet(PatchUNet):
             attention_levels,
             num_groups,
             conv_in_kernel,
+            num_classes,
         )
         self.lift = nn.Conv2d(self.patch_dim, num_features, 1)
         self.gate = nn.Linear(block_out_channels[-1] + self.embedding_dim, num_features)
@@ -241,12 +254,13 @@ class FeatureNet(PatchUNet):
             nn.init.zeros_(self.norm_gate.weight)
             nn.init.zeros_(self.norm_gate.bias)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | int | None = None) -> Tensor:
         """Features of particles at noise levels.
 
         Args:
             x: Particles, with shape (B, C, H, W).
             t: Noise levels in [0, 1], with shape (B) or ().
+            label: Classes, with shape (B) or one for all; any class if None.
 
         Returns:
             φ(x, t), with shape (B, F), in float32 or better.
@@ -254,7 +268,7 @@ class FeatureNet(PatchUNet):
         Raises:
             ValueError: If x does not have the network's channels and size.
         """
-        patches, h, summary = self.maps(x, t)
+        patches, h, summary = self.maps(x, t, label)
         lift, gate = self.lift(patches), self.gate(summary)
         # float32: sums over positions, whose small differences are the signal
         h, lift, gate = (a.to(torch.promote_types(a.dtype, torch.float32)) for a in (h, lift, gate))
@@ -273,9 +287,10 @@ class MeanEmbeddings(ModelMixin, ConfigMixin):
     With the linear kernel the mean embedding of X_t is one vector, E φ(x_t, t). Any other kernel, and KALE, needs the
     distribution: then it is stored as the features of M draws.
 
-    Buffers, for the levels t_1 < … < t_T: `levels` (T); `clean` and `noisy`, the mean embeddings of X_0 and X_t at
-    t = t_k, with shape (T, F), or (T, M, F); `displacement`, d(t_k), with shape (T); `gradient_scale`, the s_k for
-    which s_k times the gradient of the stored witness at x_t predicts x_t − x_0, with shape (T).
+    Buffers, for the levels t_1 < … < t_T: `levels` (T); `displacement`, d(t_k), with shape (T); `clean` and `noisy`,
+    the mean embeddings of X_0 and X_t at t = t_k, with shape (T, F), or (T, M, F); `gradient_scale`, the s_k for
+    which s_k times the gradient of the stored witness at x_t predicts x_t − x_0, with shape (T). With C classes the
+    last three have a first dimension of C + 1, whose last entry is for any class.
 
     Args:
         num_noise_levels: T.
@@ -283,6 +298,7 @@ class MeanEmbeddings(ModelMixin, ConfigMixin):
         num_points: M; 0 stores means.
         forward_process: The process that the features were trained on.
         discrepancy: Arguments of `get_discrepancy`; the MMD of the linear kernel if None.
+        num_classes: C; 0 if particles have no classes.
 
     Raises:
         ValueError: If only means are to be stored and the discrepancy needs more, or an argument is out of range.
@@ -296,23 +312,45 @@ class MeanEmbeddings(ModelMixin, ConfigMixin):
         num_points: int = 0,
         forward_process: str = "linear",
         discrepancy: dict | None = None,
+        num_classes: int = 0,
     ) -> None:
         super().__init__()
         self.process = get_forward_process(forward_process)
         self.discrepancy = get_discrepancy(**(discrepancy or {}))
         if not num_points and not self.discrepancy.needs_means_only:
             raise ValueError("this discrepancy needs stored features, not only their means; pass num_points > 0")
-        for name in ("levels", "displacement", "gradient_scale"):
+        for name in ("levels", "displacement"):
             self.register_buffer(name, torch.zeros(num_noise_levels))
+        rows = (num_classes + 1,) if num_classes else ()
         points = (num_points,) if num_points else ()
+        self.register_buffer("gradient_scale", torch.zeros(*rows, num_noise_levels))
         for name in ("clean", "noisy"):
-            self.register_buffer(name, torch.zeros(num_noise_levels, *points, num_features))
+            self.register_buffer(name, torch.zeros(*rows, num_noise_levels, *points, num_features))
 
     @property
     def delta(self) -> Tensor:
         """Δ at every level, the difference of the means of φ, with shape (T, F)."""
         difference = self.noisy - self.clean
         return difference.mean(1) if self.config.num_points else difference
+
+    def of_class(self, label: int | None = None) -> "MeanEmbeddings":
+        """Those of one class, or of any if None, on the same memory; these themselves if there are no classes.
+
+        Raises ValueError if there is no such class.
+        """
+        num_classes = self.config.num_classes
+        if label is not None and not 0 <= label < num_classes:
+            has = f"classes 0 to {num_classes - 1}" if num_classes else "no classes"
+            raise ValueError(f"class {label} does not exist; the pipeline has {has}")
+        if not num_classes:
+            return self
+        options = ("num_noise_levels", "num_features", "num_points", "forward_process", "discrepancy")
+        view = MeanEmbeddings(**{name: self.config[name] for name in options})
+        view.levels, view.displacement = self.levels, self.displacement
+        row = num_classes if label is None else label
+        for name in ("clean", "noisy", "gradient_scale"):
+            setattr(view, name, getattr(self, name)[row])
+        return view
 
     def at_level(self, k: int) -> "LevelEmbeddings":
         """What is stored of level k, ready for evaluation."""

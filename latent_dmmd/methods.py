@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -18,12 +19,12 @@ from latent_dmmd.flow import calibrate_on_particles, measure_embeddings, measure
 from latent_dmmd.forward import get_forward_process
 from latent_dmmd.latents import Autoencoder
 from latent_dmmd.objective import DMMD, Objective, RunningEmbeddings, WitnessMatching
-from latent_dmmd.pipeline import LatentDMMDPipeline, LatentPipeline, LatentSchedulerPipeline
+from latent_dmmd.pipeline import LatentDMMDPipeline, LatentPipeline, LatentSchedulerPipeline, load_pipeline
 
 NUM_MEASURED_PAIRS, NUM_CALIBRATION_PARTICLES = 128, 64
 
 
-def build_network(config: Config, shape: tuple[int, int, int]) -> nn.Module:
+def build_network(config: Config, shape: tuple[int, int, int], num_classes: int = 0) -> nn.Module:
     """What is trained on particles of shape (C, h, w). Raises ConfigError if they are not square or do not fit it."""
     channels, height, width = shape
     net = config.feature_net
@@ -44,9 +45,28 @@ def build_network(config: Config, shape: tuple[int, int, int]) -> nn.Module:
             return VelocityNet(**sizes)
         if config.objective.name == "mmd-gan":
             return GeneratorAndCritic(VelocityNet(**sizes), FeatureNet(**sizes, **features))
-        return FeatureNet(**sizes, **features)
+        return FeatureNet(**sizes, **features, num_classes=num_classes)
     except ValueError as error:
         raise ConfigError(f"feature_net: {error}") from error
+
+
+def begin_with(network: nn.Module, folder: str) -> None:
+    """Give a network the weights of a saved pipeline's; what only one of them has for classes is left as it is.
+
+    Raises ConfigError if there is no pipeline, or its network is another.
+    """
+    try:
+        weights = load_pipeline(folder).net.state_dict()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"training.init_from: {error}") from error
+    ours, extra = network.state_dict(), "class_embedding.weight"
+    weights = {name: weight for name, weight in weights.items() if name != extra or name in ours}
+    fits = weights.keys() | {extra} == ours.keys() | {extra}
+    if not fits or any(weight.shape != ours[name].shape for name, weight in weights.items()):
+        raise ConfigError(
+            f"training.init_from: the network of {folder} is another than the one that feature_net describes"
+        )
+    network.load_state_dict(weights, strict=False)
 
 
 def build_objective(config: Config, network: nn.Module, averaged_net: nn.Module) -> Objective:
@@ -72,6 +92,7 @@ def build_objective(config: Config, network: nn.Module, averaged_net: nn.Module)
         discrepancy=discrepancy,
         num_points=options.num_points,
         segment=options.segment,
+        num_classes=network.config.num_classes,
     )
 
 
@@ -82,6 +103,7 @@ def build_pipeline(
     vae: Autoencoder | None,
     cache: LatentCache | PixelCache,
     device: torch.device,
+    class_names: tuple[str, ...] = (),
 ) -> LatentPipeline:
     """The pipeline of a trained network, whose averaged weights it uses."""
     latents = dict(vae=vae, latents_mean=cache.channel_mean.tolist(), latents_std=cache.channel_std.tolist())
@@ -97,7 +119,7 @@ def build_pipeline(
             averaged_net, DDIMScheduler.from_config(DDPMScheduler().config, **options), **latents
         )
     embeddings = embeddings_for_sampling(objective, averaged_net, cache, config, device)
-    return LatentDMMDPipeline(averaged_net, embeddings, **latents)
+    return LatentDMMDPipeline(averaged_net, embeddings, **latents, class_names=list(class_names) or None)
 
 
 @torch.no_grad()
@@ -110,7 +132,7 @@ def embeddings_for_sampling(
 ) -> MeanEmbeddings:
     """The stored mean embeddings: the running ones where the objective keeps them, measured on the data otherwise; and
     the scale of their witness's gradient, measured on the data."""
-    levels, options = objective.levels, config.objective
+    levels, options, num_classes = objective.levels, config.objective, len(cache.members)
     means_only = objective.discrepancy.needs_means_only
     embeddings = MeanEmbeddings(
         len(levels),
@@ -118,36 +140,51 @@ def embeddings_for_sampling(
         num_points=0 if means_only else options.num_points,
         forward_process=options.forward_process,
         discrepancy=options.discrepancy_options(),
+        num_classes=num_classes,
     ).to(device)
     embeddings.levels.copy_(levels)
     embeddings.displacement.copy_(objective.process.displacement(levels))
     source = getattr(objective, "source", None)
     running = isinstance(source, RunningEmbeddings) and bool(source.num_updates.all())
     num_pairs = options.num_points if not (running or means_only) else NUM_MEASURED_PAIRS
-    gradient_norm = []
-    for k in tqdm(range(len(levels)), desc="measuring the witness", unit="level"):
-        pairs = [tuple(x.to(device) for x in pair) for pair in draw_pairs(objective, cache, k, num_pairs, config)]
-        means = (source.clean[k], source.noisy[k]) if running else None
-        clean, noisy = means or measure_embeddings(feature_net, pairs, levels[k], objective.discrepancy)
-        embeddings.clean[k], embeddings.noisy[k] = clean, noisy
-        scale, norm = measure_gradients(feature_net, pairs, levels[k], embeddings.at_level(k).stored)
-        embeddings.gradient_scale[k] = scale
-        gradient_norm.append(norm)
-    still = [f"{t:.2f}" for t, scale in zip(levels.tolist(), embeddings.gradient_scale.tolist()) if scale == 0]
+    labels = [*range(num_classes), None]
+    progress = tqdm(total=len(labels) * len(levels), desc="measuring the witness", unit="level")
+    still = set()
+    for row, label in enumerate(labels):
+        of_class, gradient_norm = embeddings.of_class(label), []
+        net = partial(feature_net, label=label) if num_classes else feature_net
+        for k in range(len(levels)):
+            pairs = draw_pairs(objective, cache, k, num_pairs, config, label)
+            pairs = [tuple(x.to(device) for x in pair) for pair in pairs]
+            at = row * len(levels) + k
+            means = (source.clean[at], source.noisy[at]) if running else None
+            clean, noisy = means or measure_embeddings(net, pairs, levels[k], objective.discrepancy)
+            of_class.clean[k], of_class.noisy[k] = clean, noisy
+            scale, norm = measure_gradients(net, pairs, levels[k], of_class.at_level(k).stored)
+            of_class.gradient_scale[k] = scale
+            gradient_norm.append(norm)
+            progress.update()
+        still |= {f"{t:.2f}" for t, scale in zip(levels.tolist(), of_class.gradient_scale.tolist()) if scale == 0}
+        generator = keyed_generator(config.training.seed, 0, len(levels))
+        z = torch.randn(NUM_CALIBRATION_PARTICLES, *pairs[0][0].shape[1:], generator=generator).to(device)
+        calibrate_on_particles(net, of_class, gradient_norm, z)
     if still:
-        print(f"the witness does not point towards the data at t = {', '.join(still)}: train longer", file=sys.stderr)
-    generator = keyed_generator(config.training.seed, 0, len(levels))
-    z = torch.randn(NUM_CALIBRATION_PARTICLES, *pairs[0][0].shape[1:], generator=generator).to(device)
-    calibrate_on_particles(feature_net, embeddings, gradient_norm, z)
+        at = ", ".join(sorted(still))
+        print(f"the witness does not point towards the data at t = {at}: train longer", file=sys.stderr)
     return embeddings
 
 
 def draw_pairs(
-    objective: Objective, cache: LatentCache | PixelCache, k: int, num_pairs: int, config: Config
+    objective: Objective,
+    cache: LatentCache | PixelCache,
+    k: int,
+    num_pairs: int,
+    config: Config,
+    label: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of (x_0, x_t) of level k, a function of the seed and the level."""
+    """Batches of (x_0, x_t) of level k, of one class or of any if None, a function of the seed and the level."""
     generator = keyed_generator(config.training.seed, 0, k)
     for size in map(len, torch.arange(num_pairs).split(32)):
-        x_0 = cache.draw(size, generator)
+        x_0 = cache.draw(size, generator, label)
         eps = torch.randn(x_0.shape, generator=generator)
         yield x_0, objective.process.sample(x_0, objective.levels[k].cpu().expand(size), eps)

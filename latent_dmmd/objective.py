@@ -47,13 +47,15 @@ class Batch(NamedTuple):
     """What one training step draws.
 
     x_0: clean particles, with shape (L, B, C, H, W). level: indices into the noise levels, with shape (L). eps:
-    standard normal noise, shaped like x_0. u: positions on the segments in [0, 1], with shape (L, B).
+    standard normal noise, shaped like x_0. u: positions on the segments in [0, 1], with shape (L, B). label: the class
+    of the pairs at each level, with shape (L); None if there are no classes.
     """
 
     x_0: Tensor
     level: Tensor
     eps: Tensor
     u: Tensor
+    label: Tensor | None = None
 
 
 class Terms(NamedTuple):
@@ -108,14 +110,19 @@ class Objective(nn.Module):
         x_t = self.process.sample(batch.x_0.flatten(0, 1), t, batch.eps.flatten(0, 1))
         return x_t.unflatten(0, batch.x_0.shape[:2])
 
-    def features(self, x: Tensor, level: Tensor, net: nn.Module | None = None) -> Tensor:
-        """φ at the batch's levels: (L, B, C, H, W) and (L) to (L, B, F)."""
-        t = self.levels[level].repeat_interleave(x.shape[1])
-        return (net or self.feature_net)(x.flatten(0, 1), t).unflatten(0, x.shape[:2])
+    def features(self, batch: Batch, x: Tensor, net: nn.Module | None = None) -> Tensor:
+        """φ at the batch's levels and for its classes: (L, B, C, H, W) to (L, B, F)."""
+        t = self.levels[batch.level].repeat_interleave(x.shape[1])
+        labels = () if batch.label is None else (batch.label.repeat_interleave(x.shape[1]),)
+        return (net or self.feature_net)(x.flatten(0, 1), t, *labels).unflatten(0, x.shape[:2])
+
+    def row(self, batch: Batch) -> Tensor:
+        """Where a table of all levels, class after class, holds the batch's, with shape (L)."""
+        return batch.level if batch.label is None else batch.label * len(self.levels) + batch.level
 
     def both_features(self, batch: Batch, x_t: Tensor, net: nn.Module | None = None) -> tuple[Tensor, Tensor]:
         """φ(x_0, t) and φ(x_t, t) of all W ranks, each with shape (L, W B, F)."""
-        phi = self.features(torch.cat([batch.x_0, x_t], dim=1), batch.level, net)
+        phi = self.features(batch, torch.cat([batch.x_0, x_t], dim=1), net)
         phi_0, phi_t = (across_ranks(half) for half in phi.chunk(2, dim=1))
         return phi_0, phi_t
 
@@ -123,7 +130,7 @@ class Objective(nn.Module):
         """∇f_t at x̃_u, with shape (L, B, D), differentiable, for the witnesses of the L levels."""
         u = rearrange(batch.u, "l b -> l b 1 1 1")
         x_u = ((1 - u) * batch.x_0 + u * x_t).detach().requires_grad_()
-        f = witness(self.features(x_u, batch.level))
+        f = witness(self.features(batch, x_u))
         (gradient,) = torch.autograd.grad(f.sum(), x_u, create_graph=True)
         return gradient.to(torch.promote_types(gradient.dtype, torch.float32)).flatten(2)
 
@@ -213,11 +220,11 @@ class RunningEmbeddings(EmbeddingSource):
 
     Where means are enough, `clean` and `noisy` (T, F) are running means: a plain average at first, then exponential.
     Otherwise they are the features of the latest M draws, with shape (T, M, F). Either way they are what the samplers
-    store.
+    store. With classes the T rows of the first class come first, and those of any class last.
 
     Args:
         averaged_net: The averaged network (EMA of φ).
-        num_noise_levels: T.
+        num_rows: Noise levels T, times classes and one for any where there are classes.
         num_features: F.
         num_points: M; 0 keeps means.
         momentum: Weight of the past in the running means, in [0, 1).
@@ -227,7 +234,7 @@ class RunningEmbeddings(EmbeddingSource):
     def __init__(
         self,
         averaged_net: nn.Module,
-        num_noise_levels: int,
+        num_rows: int,
         num_features: int,
         num_points: int = 0,
         momentum: float = 0.97,
@@ -237,35 +244,35 @@ class RunningEmbeddings(EmbeddingSource):
         self._net = (averaged_net,)
         self.num_points, self.momentum, self.refresh_every = num_points, momentum, refresh_every
         points = (num_points,) if num_points else ()
-        self.register_buffer("clean", torch.zeros(num_noise_levels, *points, num_features))
-        self.register_buffer("noisy", torch.zeros(num_noise_levels, *points, num_features))
-        self.register_buffer("num_updates", torch.zeros(num_noise_levels, dtype=torch.long))
+        self.register_buffer("clean", torch.zeros(num_rows, *points, num_features))
+        self.register_buffer("noisy", torch.zeros(num_rows, *points, num_features))
+        self.register_buffer("num_updates", torch.zeros(num_rows, dtype=torch.long))
         self.register_buffer("num_steps", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
     def forward(self, objective: Objective, batch: Batch, x_t: Tensor) -> Witness:
-        level = batch.level
-        if self.num_steps % self.refresh_every == 0 or not self.num_updates[level].all():
+        row = objective.row(batch)
+        if self.num_steps % self.refresh_every == 0 or not self.num_updates[row].all():
             clean, noisy = objective.both_features(batch, x_t, self._net[0])
             update = self.replace_oldest if self.num_points else self.average
-            update(self.clean, level, clean.to(self.clean))
-            update(self.noisy, level, noisy.to(self.noisy))
-            self.num_updates[level] += 1
+            update(self.clean, row, clean.to(self.clean))
+            update(self.noisy, row, noisy.to(self.noisy))
+            self.num_updates[row] += 1
         self.num_steps += 1
-        clean, noisy = self.clean[level], self.noisy[level]
+        clean, noisy = self.clean[row], self.noisy[row]
         if not self.num_points:
             clean, noisy = clean[:, None], noisy[:, None]
         return objective.discrepancy.witness(noisy, clean)
 
-    def average(self, table: Tensor, level: Tensor, phi: Tensor) -> None:
-        past = self.num_updates[level].float()[:, None]
+    def average(self, table: Tensor, row: Tensor, phi: Tensor) -> None:
+        past = self.num_updates[row].float()[:, None]
         # a plain average until it is as long as the exponential one
         weight = torch.minimum(past / (past + 1), torch.full_like(past, self.momentum))
-        table[level] = weight * table[level] + (1 - weight) * phi.mean(1)
+        table[row] = weight * table[row] + (1 - weight) * phi.mean(1)
 
-    def replace_oldest(self, table: Tensor, level: Tensor, phi: Tensor) -> None:
-        # the first batch of a level fills all of its points
-        for k, draws in zip(level.tolist(), phi):
+    def replace_oldest(self, table: Tensor, row: Tensor, phi: Tensor) -> None:
+        # the first batch of a row fills all of its points
+        for k, draws in zip(row.tolist(), phi):
             if self.num_updates[k] == 0:
                 table[k] = draws[torch.arange(self.num_points) % len(draws)]
             start = int(self.num_updates[k]) * len(draws)
@@ -286,6 +293,7 @@ class WitnessMatching(Objective):
         num_points: Features that "running" keeps of each level where means are not enough.
         segment: Where the witness of level t_k is trained: "level", from x_t to the next level, on which the flow
             uses it; or "whole", from x_t to the data, the identity's own.
+        num_classes: Classes of particles; 0 if there are none.
 
     Raises:
         ValueError: If `mean_embeddings` or `segment` is none of these, or the averaged network is missing.
@@ -303,6 +311,7 @@ class WitnessMatching(Objective):
         discrepancy: Discrepancy | None = None,
         num_points: int = 128,
         segment: Segment = "whole",
+        num_classes: int = 0,
     ) -> None:
         super().__init__(feature_net, process, num_noise_levels, discrepancy)
         if segment not in ("level", "whole"):
@@ -320,7 +329,12 @@ class WitnessMatching(Objective):
             points = 0 if self.discrepancy.needs_means_only else num_points
             features = feature_net.config.num_features
             self.source = RunningEmbeddings(
-                averaged_net, num_noise_levels, features, points, momentum=momentum, refresh_every=refresh_every
+                averaged_net,
+                num_noise_levels * (num_classes + 1),
+                features,
+                points,
+                momentum=momentum,
+                refresh_every=refresh_every,
             )
 
     def forward(self, batch: Batch) -> Terms:

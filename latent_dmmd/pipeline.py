@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +22,6 @@ from torch import Tensor
 from latent_dmmd.baselines import VelocityNet
 from latent_dmmd.features import FeatureNet, MeanEmbeddings, PatchUNet
 from latent_dmmd.flow import (
-    FlowStep,
     Sampler,
     SelfTerm,
     flow_schedule,
@@ -164,7 +164,7 @@ def check_output_type(output_type: str, latent: bool = True) -> None:
 
 
 class LatentDMMDPipeline(LatentPipeline):
-    """Unconditional generation by the noise-adaptive MMD gradient flow in the latent space of an autoencoder.
+    """Generation by the noise-adaptive MMD gradient flow in the latent space of an autoencoder.
 
     Load a saved one with `LatentDMMDPipeline.from_pretrained(folder)`; nothing but safetensors and JSON is read.
 
@@ -174,6 +174,7 @@ class LatentDMMDPipeline(LatentPipeline):
         vae: The frozen autoencoder; None if particles are pixels in [-1, 1].
         latents_mean: Mean of raw latents per channel, of length C.
         latents_std: Standard deviation of raw latents per channel, of length C.
+        class_names: What the classes are called that the features were trained for; None if there are none.
     """
 
     model_cpu_offload_seq = "feature_net->vae"
@@ -185,8 +186,10 @@ class LatentDMMDPipeline(LatentPipeline):
         vae: Autoencoder | None = None,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
+        class_names: list[str] | None = None,
     ) -> None:
         super().__init__()
+        self.register_to_config(class_names=class_names)
         self.register_modules(feature_net=feature_net, mean_embeddings=mean_embeddings, vae=vae)
         self.register_latents(feature_net, vae, latents_mean, latents_std)
 
@@ -199,11 +202,56 @@ class LatentDMMDPipeline(LatentPipeline):
         """K and N_s of an NFE, from `start` on. Raises ValueError if one of them is out of range."""
         return steps_for_nfe(num_inference_steps, num_levels_up_to(start, self.mean_embeddings))
 
+    def labels_of(self, class_labels: int | str | list[int | str] | None, batch_size: int) -> list[int | None]:
+        """A class for every particle, as its number, or None for any. Raises ValueError if there is no such class."""
+        given = class_labels if isinstance(class_labels, list) else [class_labels] * batch_size
+        if len(given) != batch_size:
+            raise ValueError(f"class_labels must be one class, or {batch_size}; got {len(given)}")
+        names = self.config.class_names or []
+        unknown = [label for label in given if isinstance(label, str) and label not in names]
+        if unknown:
+            raise ValueError(f"no class {unknown[0]!r}; the pipeline has {', '.join(names) or 'no classes'}")
+        return [names.index(label) if isinstance(label, str) else label for label in given]
+
+    def of_class(self, label: int | None, guidance_scale: float = 1.0) -> tuple[Callable, MeanEmbeddings]:
+        """φ and the mean embeddings of one class, or of any if None.
+
+        With s_c ∇f_c the displacement that the class predicts and s_∅ ∇f_∅ that of any class, the guided one is
+        s_∅ ∇f_∅ + γ (s_c ∇f_c − s_∅ ∇f_∅) (Ho & Salimans, 2022): that of the features of both, side by side.
+
+        Args:
+            label: The class.
+            guidance_scale: γ; 1 is no guidance.
+
+        Raises:
+            ValueError: If there is no such class, or the kernel cannot be guided.
+        """
+        stored = self.mean_embeddings.of_class(label)
+        if label is None:
+            if guidance_scale != 1:
+                raise ValueError(f"guidance_scale={guidance_scale} needs class_labels")
+            return self.feature_net, stored
+        net = partial(self.feature_net, label=label)
+        if guidance_scale == 1:
+            return net, stored
+        if not stored.discrepancy.needs_means_only:
+            raise ValueError("guidance needs the linear kernel and MMD; pass guidance_scale=1")
+        options = {name: stored.config[name] for name in ("num_noise_levels", "num_features", "forward_process")}
+        guided, anything = MeanEmbeddings(**{**options, "num_features": 2 * options["num_features"]}), self.feature_net
+        guided.to(stored.levels.device)
+        guided.levels, guided.displacement = stored.levels, stored.displacement
+        guided.gradient_scale.fill_(1.0)
+        unconditional = self.mean_embeddings.of_class(None)
+        for name in ("clean", "noisy"):
+            ours, theirs = (a.gradient_scale[:, None] * getattr(a, name) for a in (stored, unconditional))
+            getattr(guided, name).copy_(torch.cat([guidance_scale * ours, (1 - guidance_scale) * theirs], dim=1))
+        return lambda x, t: torch.cat([net(x, t), anything(x, t)], dim=1), guided
+
     def trajectory(self, num_inference_steps: int, start: float = 1.0) -> list[float]:
         if not isinstance(self.mean_embeddings.process, LinearInterpolant):
             raise ValueError("only flows of the linear forward process can be edited; see objective.forward_process")
         counts = self.levels_and_steps(num_inference_steps, start)
-        steps = flow_schedule(self.mean_embeddings, "approximate", *counts, start=start)
+        steps = flow_schedule(self.mean_embeddings.of_class(), "approximate", *counts, start=start)
         return [self.mean_embeddings.levels[steps[0].level].item(), *(step.end for step in steps)]
 
     @torch.no_grad()
@@ -214,6 +262,8 @@ class LatentDMMDPipeline(LatentPipeline):
         steps_per_level: int = 4,
         sampler: Sampler = "approximate",
         num_inference_steps: int | None = None,
+        class_labels: int | str | list[int | str] | None = None,
+        guidance_scale: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         start: float = 1.0,
@@ -235,6 +285,8 @@ class LatentDMMDPipeline(LatentPipeline):
             sampler: "approximate" (stored mean embeddings, independent particles), "exact" (mean embeddings of the
                 particles) or "hybrid" (exact for the last levels).
             num_inference_steps: The number of evaluations, instead of levels and steps: as many levels as divide it.
+            class_labels: Class of every picture, or one for all, as numbers or names; any class if None.
+            guidance_scale: How much more of the class than the data have, γ; 1 is none. Stored witnesses only.
             generator: Source of the initial noise, and of the injected; a list gives every picture its own.
             latents: Initial standardised particles, with shape (batch_size, C, h, w), instead of noise.
             start: Noise level of `latents`, in (0, 1]; the flow begins at the highest stored level up to it.
@@ -258,37 +310,46 @@ class LatentDMMDPipeline(LatentPipeline):
             ValueError: If an argument is out of range, `latents` has the wrong shape, or the processes cannot share
                 `batch_size` equally.
         """
-        # 1. check
+        # 1. check, and draw the initial particles
         check_output_type(output_type)
+        z = self.initial_particles(batch_size, generator, latents, across_ranks)
         if num_inference_steps is not None:
             num_noise_levels, steps_per_level = self.levels_and_steps(num_inference_steps, start)
-        schedule = (self.mean_embeddings, sampler, num_noise_levels, steps_per_level, step_size)
-        steps = flow_schedule(*schedule, start=start)
+        labels = self.labels_of(class_labels, batch_size)
+        if guidance_scale != 1 and sampler != "approximate":
+            raise ValueError(f"guidance_scale={guidance_scale} needs sampler='approximate'; got {sampler!r}")
+        if len(set(labels)) > 1 and (across_ranks or noise_injection):
+            raise ValueError("across_ranks and noise_injection need the same class for all pictures")
 
-        # 2. initial particles
-        z = self.initial_particles(batch_size, generator, latents, across_ranks)
+        # 2. a schedule for each class
+        groups = []
+        for label in dict.fromkeys(labels):
+            which = torch.tensor([i for i, other in enumerate(labels) if other == label])
+            net, stored = self.of_class(label, guidance_scale)
+            schedule = (stored, sampler, num_noise_levels, steps_per_level, step_size)
+            groups.append((which, net, stored, flow_schedule(*schedule, start=start)))
+        steps = groups[0][3]
 
         # 3. flow
+        options = dict(
+            rescale=step_size is None,
+            self_term=self_term,
+            noise_injection=noise_injection,
+            chunk_size=chunk_size,
+            generator=generator,
+            across_ranks=across_ranks,
+        )
         levels = self.mean_embeddings.levels.tolist()
-        with self.progress_bar(total=len(steps)) as progress:
-
-            def after_step(i: int, step: FlowStep, z: Tensor) -> Tensor:
-                progress.update()
-                return self.after_step(callback_on_step_end, i, levels[step.level], z)
-
-            z = gradient_flow(
-                self.feature_net,
-                z,
-                self.mean_embeddings,
-                steps,
-                callback=after_step,
-                rescale=step_size is None,
-                self_term=self_term,
-                noise_injection=noise_injection,
-                chunk_size=chunk_size,
-                generator=generator,
-                across_ranks=across_ranks,
-            )
+        for i in self.progress_bar(range(len(steps))):
+            if len(groups) == 1:
+                _, net, stored, schedule = groups[0]
+                z = gradient_flow(net, z, stored, schedule[i : i + 1], **options)
+            else:
+                moved = z.clone()
+                for which, net, stored, schedule in groups:
+                    moved[which] = gradient_flow(net, z[which], stored, schedule[i : i + 1], **options)
+                z = moved
+            z = self.after_step(callback_on_step_end, i, levels[steps[i].level], z)
 
         # 4. decode
         return self.output(z, output_type, chunk_size, return_dict)

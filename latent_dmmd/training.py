@@ -13,6 +13,7 @@ import signal
 import threading
 import time
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,9 +35,9 @@ from latent_dmmd.checkpoints import (
     writing,
 )
 from latent_dmmd.config import Config, ConfigError, TrainingConfig, as_dict, differing_keys, save_config
-from latent_dmmd.data import Pictures, keyed_generator, load_pictures, write_aside
+from latent_dmmd.data import DataError, Pictures, keyed_generator, load_pictures, write_aside
 from latent_dmmd.latents import Autoencoder, encode_moments, load_autoencoder, reconstruct, to_uint8
-from latent_dmmd.methods import build_network, build_objective, build_pipeline
+from latent_dmmd.methods import begin_with, build_network, build_objective, build_pipeline
 from latent_dmmd.objective import Batch, Terms
 from latent_dmmd.pictures import labelled_grid, plot_losses
 from latent_dmmd.pipeline import LatentDMMDPipeline, LatentPipeline
@@ -59,16 +60,29 @@ def learning_rate_at(step: int, config: TrainingConfig, floor: float = 0.1) -> f
 
 
 def draw_batch(
-    cache: LatentCache | PixelCache, config: TrainingConfig, num_noise_levels: int, rank: int, step: int
+    cache: LatentCache | PixelCache,
+    config: TrainingConfig,
+    num_noise_levels: int,
+    rank: int,
+    step: int,
+    label_dropout: float = 0.0,
 ) -> Batch:
-    """The batch of one step on one rank; the levels are stratified over the grid and the same on every rank."""
+    """The batch of one step on one rank; levels, stratified over the grid, and classes are the same on every rank."""
     num_levels, num_pairs = config.levels_per_step, config.pairs_per_level
-    strata = torch.arange(num_levels) + torch.rand(num_levels, generator=keyed_generator(config.seed, 0, step))
+    shared, generator = keyed_generator(config.seed, 0, step), keyed_generator(config.seed, 1 + rank, step)
+    strata = torch.arange(num_levels) + torch.rand(num_levels, generator=shared)
     level = (strata * num_noise_levels / num_levels).long().clamp(max=num_noise_levels - 1)
-    generator = keyed_generator(config.seed, 1 + rank, step)
-    x_0 = cache.draw(num_levels * num_pairs, generator).unflatten(0, (num_levels, num_pairs))
+    label = None
+    if cache.labels is None:
+        x_0 = cache.draw(num_levels * num_pairs, generator).unflatten(0, (num_levels, num_pairs))
+    else:
+        num_classes = len(cache.members)
+        label = torch.randint(num_classes, (num_levels,), generator=shared)
+        label[torch.rand(num_levels, generator=shared) < label_dropout] = num_classes
+        wanted = [c if c < num_classes else None for c in label.tolist()]
+        x_0 = torch.stack([cache.draw(num_pairs, generator, c) for c in wanted])
     eps = torch.randn(x_0.shape, generator=generator)
-    return Batch(x_0, level, eps, torch.rand(num_levels, num_pairs, generator=generator))
+    return Batch(x_0, level, eps, torch.rand(num_levels, num_pairs, generator=generator), label)
 
 
 def prepare_run_folder(config: Config, may_differ: tuple[str, ...] = ()) -> Path:
@@ -127,15 +141,25 @@ class Trainer:
         config: What to train.
         shape: Shape (C, h, w) of the particles.
         accelerator: Devices, ranks and precision.
+        class_names: Names of the particles' classes; empty if there are none.
 
     Raises:
-        ConfigError: If the network does not fit the particles.
+        ConfigError: If the network does not fit the particles, or the weights it should begin with.
     """
 
-    def __init__(self, config: Config, shape: tuple[int, int, int], accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        config: Config,
+        shape: tuple[int, int, int],
+        accelerator: Accelerator,
+        class_names: tuple[str, ...] = (),
+    ) -> None:
         self.config, self.accelerator, options = config, accelerator, config.training
+        self.class_names = class_names
         set_seed(options.seed)
-        self.network = build_network(config, shape)
+        self.network = build_network(config, shape, len(class_names))
+        if options.init_from is not None:
+            begin_with(self.network, options.init_from)
         self.averaged_net = deepcopy(self.network).to(accelerator.device).eval().requires_grad_(False)
         objective = build_objective(config, self.network, self.averaged_net)
         optimizer = torch.optim.Adam(self.network.parameters(), lr=options.learning_rate, betas=(0.9, 0.99))
@@ -151,12 +175,12 @@ class Trainer:
     def step(self, step: int, cache: LatentCache | PixelCache) -> tuple[Terms, Tensor]:
         """One optimiser step: its loss and the norm of its gradient. Raises FloatingPointError, before the update."""
         options, device = self.config.training, self.accelerator.device
-        num_noise_levels, rank = self.config.objective.num_noise_levels, self.accelerator.process_index
-        batch = draw_batch(cache, options, num_noise_levels, rank, step)
+        objective, rank = self.config.objective, self.accelerator.process_index
+        batch = draw_batch(cache, options, objective.num_noise_levels, rank, step, objective.label_dropout)
         self.averaged()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
-        terms = self.objective(Batch(*(tensor.to(device) for tensor in batch)))
+        terms = self.objective(Batch(*(None if tensor is None else tensor.to(device) for tensor in batch)))
         self.accelerator.backward(terms.total)
         norm = self.accelerator.clip_grad_norm_(self.network.parameters(), options.max_grad_norm)
         check_finite(step, terms.named, terms.total, norm)
@@ -173,7 +197,8 @@ class Trainer:
     def pipeline(self, vae: Autoencoder | None, cache: LatentCache | PixelCache) -> LatentPipeline:
         """The pipeline of the averaged network."""
         objective = self.accelerator.unwrap_model(self.objective)
-        return build_pipeline(self.config, objective, self.averaged(), vae, cache, self.accelerator.device)
+        device = self.accelerator.device
+        return build_pipeline(self.config, objective, self.averaged(), vae, cache, device, self.class_names)
 
 
 class StopRequest:
@@ -276,7 +301,8 @@ def train(config: Config) -> Path:
     )
     resolution = config.data.resolution
     shape = tuple(probe_latents(vae, resolution).shape[1:]) if vae else (3, resolution, resolution)
-    trainer = Trainer(config, shape, accelerator)
+    class_names = pictures.labels()[0] if config.data.class_conditional else ()
+    trainer = Trainer(config, shape, accelerator, tuple(class_names))
     with accelerator.main_process_first():
         # at a constant learning rate nothing that was trained depends on the number of steps
         constant = options.learning_rate_schedule == "constant"
@@ -317,19 +343,30 @@ def train(config: Config) -> Path:
 
 
 def load_particles(vae: Autoencoder | None, pictures: Pictures, config: Config) -> LatentCache | PixelCache:
-    """The data as particles: encoded pictures, or pixels without an autoencoder."""
+    """The data as particles: encoded pictures, or pixels without an autoencoder; with their classes if asked for.
+
+    Raises DataError if there are no classes, or all pictures of one could not be read.
+    """
     options = config.data
     if vae is None:
-        return cache_pixels(pictures, options.horizontal_flip, options.on_bad_image)
-    return cache_latents(
-        vae,
-        pictures,
-        options.cache_dir,
-        horizontal_flip=options.horizontal_flip,
-        on_bad_image=options.on_bad_image,
-        batch_size=config.autoencoder.batch_size,
-        num_workers=options.num_workers,
-    )
+        cache = cache_pixels(pictures, options.horizontal_flip, options.on_bad_image)
+    else:
+        cache = cache_latents(
+            vae,
+            pictures,
+            options.cache_dir,
+            horizontal_flip=options.horizontal_flip,
+            on_bad_image=options.on_bad_image,
+            batch_size=config.autoencoder.batch_size,
+            num_workers=options.num_workers,
+        )
+    if not options.class_conditional:
+        return cache
+    names, labels = pictures.labels(cache.skipped)
+    missing = set(pictures.labels()[0]) - set(names)
+    if missing:
+        raise DataError(f"no picture of class {', '.join(sorted(missing))} could be read")
+    return replace(cache, labels=labels)
 
 
 @torch.no_grad()

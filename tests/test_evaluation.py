@@ -20,7 +20,15 @@ from torch.utils.data import Dataset, TensorDataset
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from latent_dmmd import evaluation
-from latent_dmmd.evaluation import EXTRACTORS, FeatureSpace, evaluate, extract_features, frechet_distance
+from latent_dmmd.evaluation import (
+    EXTRACTORS,
+    FeatureSpace,
+    LinearClassifier,
+    class_agreement,
+    evaluate,
+    extract_features,
+    frechet_distance,
+)
 from latent_dmmd.latents import BUNDLED_AUTOENCODER, load_autoencoder, reconstruct
 
 ROOT = Path(__file__).parents[1]
@@ -336,3 +344,23 @@ def test_script_refuses_a_bad_folder_in_one_line(tmp_path):
     assert result.stderr.count("\n") == 1 and "nowhere" in result.stderr
     assert "Traceback" not in result.stderr
     assert not output.exists()
+
+
+def test_a_linear_classifier_separates_what_is_separable():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(90) % 3
+    features = torch.randn(90, 5, generator=generator) + 6 * torch.eye(5)[labels]
+    classify = LinearClassifier(features[:60], labels[:60])
+    assert (classify(features[60:]) == labels[60:]).float().mean() > 0.95
+
+
+def test_agreement_is_a_mean_over_classes_and_words():
+    names = ["mono bad", "mono good", "poly bad", "poly good"]
+    asked = torch.tensor([0, 0, 0, 1, 2, 2, 3, 3])
+    found = torch.tensor([0, 0, 1, 1, 2, 0, 3, 2])
+    agreement = class_agreement(names, asked, found)
+    assert agreement["mono bad"] == pytest.approx(2 / 3) and agreement["poly good"] == 0.5
+    assert agreement["classes"] == pytest.approx((2 / 3 + 1 + 0.5 + 0.5) / 4)
+    assert agreement["bad or good"] == pytest.approx((2 / 3 + 1 + 1 + 0.5) / 4)
+    assert agreement["mono or poly"] == pytest.approx((1 + 1 + 0.5 + 1) / 4)
+    assert set(class_agreement(["a", "b c"], asked % 2, found % 2)) == {"classes", "a", "b c"}

@@ -61,7 +61,7 @@ def test_dmmd_against_loops(center, discrepancy):
     )
     terms = objective(batch)
     values, penalty, features = [], [], []
-    for x_0, k, eps, u in zip(*batch):
+    for x_0, k, eps, u in zip(*batch[:4]):
         t = (k + 1) / 4
         x_t = (1 - t) * x_0 + t * eps
         phi_0, phi_t = net(x_0, t), net(x_t, t)
