@@ -15,7 +15,7 @@ from jsonargparse.typing import PositiveInt
 
 from latent_dmmd.data import load_pictures
 from latent_dmmd.evaluation import CheckedPictures, LinearClassifier, class_agreement, extract_features, load_extractor
-from latent_dmmd.latents import to_uint8
+from latent_dmmd.film import decoded
 from latent_dmmd.pictures import labelled_grid
 from latent_dmmd.pipeline import load_pipeline
 
@@ -30,7 +30,6 @@ def main() -> None:
     parser.add_argument("--num_inference_steps", type=PositiveInt, default=25, help="Evaluations of φ.")
     parser.add_argument("--output_dir", type=str, required=True, help="Where the files go.")
     args = parser.parse_args()
-
     pipe, net = load_pipeline(args.pipeline), load_extractor()
     training, heldout = (load_pictures(name, pipe.resolution) for name in (args.training, args.heldout))
     (names, labels), ours = training.labels(), pipe.config.get("class_names")
@@ -38,11 +37,11 @@ def main() -> None:
         raise ValueError(f"{args.pipeline} has classes {ours}, the pictures {names}")
     classify = LinearClassifier(extract_features(training, net)[0], labels)
     results = {"real": class_agreement(names, heldout.labels()[1], classify(extract_features(heldout, net)[0]))}
-    wanted, rows = [name for name in names for _ in range(args.num_images)], {}
+    asked, rows = torch.arange(len(names)).repeat_interleave(args.num_images), {}
+    how = dict(class_labels=asked.tolist(), num_inference_steps=args.num_inference_steps, output_type="latent")
     for scale in args.guidance_scales:
-        how = dict(class_labels=wanted, guidance_scale=scale, num_inference_steps=args.num_inference_steps)
-        images = pipe(len(wanted), generator=torch.Generator().manual_seed(0), output_type="pt", **how).images
-        images_uint8, asked = to_uint8(images.cpu() * 2 - 1), torch.tensor([names.index(name) for name in wanted])
+        z = pipe(len(asked), guidance_scale=scale, generator=torch.Generator().manual_seed(0), **how).images
+        images_uint8 = decoded(pipe, z)
         found = classify(extract_features(CheckedPictures(images_uint8, "generated"), net)[0])
         results[f"guidance {scale:g}"] = class_agreement(names, asked, found)
         rows |= {f"{name}, guidance {scale:g}": images_uint8[asked == i][:8] for i, name in enumerate(names)}
