@@ -3,9 +3,16 @@
 A kernel on learned features, a noise level, a flow.
 """
 
+from latent_dmmd.editing import LatentDMMDInpaintPipeline, LatentDMMDUpscalePipeline
 from latent_dmmd.features import FeatureNet, MeanEmbeddings
 from latent_dmmd.pipeline import LatentDMMDPipeline
 
 __version__ = "0.1.0"
 
-__all__ = ["FeatureNet", "LatentDMMDPipeline", "MeanEmbeddings"]
+__all__ = [
+    "FeatureNet",
+    "LatentDMMDInpaintPipeline",
+    "LatentDMMDPipeline",
+    "LatentDMMDUpscalePipeline",
+    "MeanEmbeddings",
+]

@@ -1,4 +1,4 @@
-"""Do generated pictures show the class that was asked for? classes.json and classes.png.
+"""Do generated pictures show the class that was asked for? classes.json and classes.webp.
 
 A linear classifier on features of real pictures judges generated ones, and real held-out ones.
 python scripts/evaluate_classes.py --pipeline DIR --training elpv:train --heldout elpv:heldout --output_dir docs/classes
@@ -47,7 +47,7 @@ def main() -> None:
         rows |= {f"{name}, guidance {scale:g}": images_uint8[asked == i][:8] for i, name in enumerate(names)}
     report, output_dir = json.dumps(results, indent=2), Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    labelled_grid(rows, side=128).save(output_dir / "classes.png")
+    labelled_grid(rows, side=128).save(output_dir / "classes.webp", quality=85)
     (output_dir / "classes.json").write_text(report + "\n")
     print(report)
 

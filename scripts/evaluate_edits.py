@@ -1,4 +1,4 @@
-"""Inpaint and enlarge real pictures with several pipelines and score the results: edits.json and a PNG for each task.
+"""Inpaint and enlarge real pictures with several pipelines and score them: edits.json, inpaint.webp, upscale.webp.
 
 python scripts/evaluate_edits.py --pipelines "{dmmd: DIR, flow matching: DIR}" --data elpv:heldout --output_dir docs
 """
@@ -23,7 +23,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--pipelines", type=dict[str, str], required=True, help="Names and folders of pipelines.")
     parser.add_argument("--data", type=str, required=True, help="Pictures: a folder, elpv:heldout.")
-    parser.add_argument("--output_dir", type=str, required=True, help="Where edits.json and the PNG files go.")
+    parser.add_argument("--output_dir", type=str, required=True, help="Where the files go.")
     parser.add_argument("--num_images", type=PositiveInt, default=32, help="Pictures, drawn at random.")
     parser.add_argument("--num_variations", type=PositiveInt, default=2, help="Edits of each picture.")
     parser.add_argument("--num_inference_steps", type=PositiveInt, default=25, help="Evaluations of the network.")
@@ -45,7 +45,7 @@ def main() -> None:
         rows = {"original": originals, "given": comparison.given} | sets
         firsts = {name: images[:: len(images) // len(originals)][:8] for name, images in rows.items()}
         output_dir.mkdir(parents=True, exist_ok=True)
-        labelled_grid(firsts, side=192).save(output_dir / f"{task}.png")
+        labelled_grid(firsts, side=192).save(output_dir / f"{task}.webp", quality=85)
         print(f"{task}: {json.dumps(results[task], indent=2)}")
     (output_dir / "edits.json").write_text(json.dumps(results, indent=2) + "\n")
 
