@@ -27,8 +27,8 @@ CACHE_FORMAT = 2
 SKIP_HINT = "pass --data.on_bad_image skip to leave out pictures that cannot be read"
 
 
-class Labelled:
-    """What both kinds of particles know of classes: `labels`, a class for each, or None."""
+class Particles:
+    """Base class of what training draws from; `labels` holds the class of every picture, or is None."""
 
     @cached_property
     def members(self) -> list[Tensor]:
@@ -42,9 +42,14 @@ class Labelled:
         members = self.members[label]
         return members[torch.randint(len(members), (count,), generator=generator)]
 
+    def draw_with_noise(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Clean particles and standard normal noise, each with shape (count, C, h, w)."""
+        x_0 = self.draw(count, generator)
+        return x_0, torch.randn(x_0.shape, generator=generator)
+
 
 @dataclass(frozen=True)
-class LatentCache(Labelled):
+class LatentCache(Particles):
     """Posterior moments of a data set, and what standardises them.
 
     Shards from a cache on the disk are memory-mapped: a draw reads what it needs, and the system drops it again.
@@ -99,7 +104,7 @@ class LatentCache(Labelled):
 
 
 @dataclass(frozen=True)
-class PixelCache(Labelled):
+class PixelCache(Particles):
     """Pictures of a data set as particles, and what standardises them.
 
     Attributes:

@@ -44,7 +44,7 @@ from torch_fidelity import FeatureExtractorBase
 from latent_dmmd.baselines import GaussianFit
 from latent_dmmd.cache import LatentCache, PixelCache
 from latent_dmmd.complexity import measure
-from latent_dmmd.config import Config, ConfigError, check, parse_config, save_config
+from latent_dmmd.config import ONE_STEP, Config, ConfigError, check, parse_config, save_config
 from latent_dmmd.data import load_pictures, write_aside
 from latent_dmmd.evaluation import (
     EXTRACTORS,
@@ -226,7 +226,7 @@ class Comparison:
     def sets(self, name: str) -> list[tuple[int, int]]:
         """NFE and seed of every set of an entry."""
         config = self.config
-        if self.entries[name].objective.name == "mmd-gan":
+        if self.entries[name].objective.name in ONE_STEP:
             numbers = [1]
         elif name in config.few:
             numbers = list(config.few_nfe)

@@ -19,6 +19,8 @@ from latent_dmmd.forward import FORWARD_PROCESSES
 from latent_dmmd.latents import BUNDLED_AUTOENCODER
 from latent_dmmd.objective import MeanEmbeddingSource, Segment
 
+ONE_STEP = ("mmd-gan", "one-step")  # objectives whose networks generate in one step
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be right; the message is one line that says what to change."""
@@ -125,8 +127,8 @@ class ObjectiveConfig:
     """What is minimised.
 
     Args:
-        name: "witness-matching"; "dmmd", the paper's; or what they are compared with, on the same backbone:
-            "flow-matching", "ddpm" or "mmd-gan".
+        name: "witness-matching"; "dmmd", the paper's; what they are compared with, on the same backbone:
+            "flow-matching", "ddpm" or "mmd-gan"; or "one-step", a generator distilled from the flow of `teacher`.
         forward_process: "linear", "vp-cosine", "vp-linear" or "blur".
         discrepancy: "mmd", or "kale": with `name: dmmd`, the features of D-KALE-Flow.
         kernel: Base kernel on features: "linear" (the paper's), "gaussian" or "rational-quadratic".
@@ -142,10 +144,14 @@ class ObjectiveConfig:
         segment: witness-matching: train the witness of a level from there to the next "level", or on the "whole" way.
         momentum: witness-matching: weight of the past in running means.
         refresh_every: witness-matching: steps between refreshes of the running means.
+        teacher: one-step: folder of a saved DMMD pipeline.
+        teacher_steps: one-step: function evaluations of its flow.
+        teacher_sampler: one-step: "exact", "approximate" or "hybrid".
+        num_pairs: one-step: particles that it moves, to be learnt from.
         label_dropout: With classes: share of the noise levels of a step whose pairs are of any class, in [0, 1].
     """
 
-    name: Literal["witness-matching", "dmmd", "flow-matching", "ddpm", "mmd-gan"] = "witness-matching"
+    name: Literal["witness-matching", "dmmd", "flow-matching", "ddpm", "mmd-gan", "one-step"] = "witness-matching"
     forward_process: str = "linear"
     discrepancy: Literal["mmd", "kale"] = "mmd"
     kernel: Literal["linear", "gaussian", "rational-quadratic"] = "linear"
@@ -161,6 +167,10 @@ class ObjectiveConfig:
     segment: Segment = "whole"
     momentum: float = 0.97
     refresh_every: int = 4
+    teacher: str | None = None
+    teacher_steps: int = 10
+    teacher_sampler: Sampler = "exact"
+    num_pairs: int = 16384
     label_dropout: float = 0.2
 
     def __post_init__(self) -> None:
@@ -176,6 +186,9 @@ class ObjectiveConfig:
         check(self.num_noise_levels > 0, f"objective.num_noise_levels must be positive; got {self.num_noise_levels}")
         check(0 <= self.momentum < 1, f"objective.momentum must be in [0, 1); got {self.momentum}")
         check(self.refresh_every > 0, f"objective.refresh_every must be positive; got {self.refresh_every}")
+        check(self.name != "one-step" or self.teacher is not None, "objective.name one-step needs objective.teacher")
+        for name in ("teacher_steps", "num_pairs"):
+            check(getattr(self, name) > 0, f"objective.{name} must be positive; got {getattr(self, name)}")
         check(0 <= self.label_dropout <= 1, f"objective.label_dropout must be in [0, 1]; got {self.label_dropout}")
         check(self.gradient_center in (0, 1), f"objective.gradient_center must be 0 or 1; got {self.gradient_center}")
         for name in ("gradient_weight", "feature_weight"):

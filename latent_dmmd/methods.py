@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -14,6 +15,7 @@ from latent_dmmd.cache import LatentCache, PixelCache
 from latent_dmmd.config import Config, ConfigError
 from latent_dmmd.data import keyed_generator
 from latent_dmmd.discrepancy import get_discrepancy
+from latent_dmmd.distillation import OneStep, PairCache, begin_with_features, make_pairs
 from latent_dmmd.features import FeatureNet, MeanEmbeddings
 from latent_dmmd.flow import calibrate_on_particles, measure_embeddings, measure_gradients
 from latent_dmmd.forward import get_forward_process
@@ -43,11 +45,37 @@ def build_network(config: Config, shape: tuple[int, int, int], num_classes: int 
             raise ValueError(f"latents must be square; got {height}x{width}")
         if config.objective.name in ("flow-matching", "ddpm"):
             return VelocityNet(**sizes)
+        if config.objective.name == "one-step":
+            generator = VelocityNet(**sizes)
+            begin_with_features(generator, load_teacher(config, shape).feature_net)
+            return generator
         if config.objective.name == "mmd-gan":
             return GeneratorAndCritic(VelocityNet(**sizes), FeatureNet(**sizes, **features))
         return FeatureNet(**sizes, **features, num_classes=num_classes)
     except ValueError as error:
         raise ConfigError(f"feature_net: {error}") from error
+
+
+def load_teacher(config: Config, shape: tuple[int, int, int]) -> LatentDMMDPipeline:
+    """The pipeline that a generator is distilled from. Raises ConfigError if it is none, or of other particles."""
+    folder = config.objective.teacher
+    try:
+        teacher = load_pipeline(folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"objective.teacher: {error}") from error
+    if not isinstance(teacher, LatentDMMDPipeline):
+        raise ConfigError(f"objective.teacher: {folder} holds a {type(teacher).__name__}, not a LatentDMMDPipeline")
+    net = teacher.feature_net.config
+    if (net.in_channels, net.sample_size, net.sample_size) != shape:
+        raise ConfigError(f"objective.teacher: {folder} has particles of another shape than {shape}")
+    return teacher
+
+
+def teacher_pairs(config: Config, folder: Path) -> PairCache:
+    """Pairs of the teacher's flow, kept in the run folder. Raises OSError if they cannot be written."""
+    options, teacher = config.objective, load_pipeline(config.objective.teacher)
+    how = dict(num_inference_steps=options.teacher_steps, sampler=options.teacher_sampler)
+    return make_pairs(teacher, folder / "pairs", options.num_pairs, config.training.seed, **how)
 
 
 def begin_with(network: nn.Module, folder: str) -> None:
@@ -79,6 +107,8 @@ def build_objective(config: Config, network: nn.Module, averaged_net: nn.Module)
         return FlowMatching(*common)
     if options.name == "ddpm":
         return DDPM(*common)
+    if options.name == "one-step":
+        return OneStep(*common)
     if options.name == "mmd-gan":
         return MMDGAN(*common, **penalty, discrepancy=discrepancy)
     if options.name == "dmmd":
@@ -108,7 +138,7 @@ def build_pipeline(
     """The pipeline of a trained network, whose averaged weights it uses."""
     latents = dict(vae=vae, latents_mean=cache.channel_mean.tolist(), latents_std=cache.channel_std.tolist())
     name = config.objective.name
-    if name == "flow-matching":
+    if name in ("flow-matching", "one-step"):
         return LatentSchedulerPipeline(averaged_net, FlowMatchEulerDiscreteScheduler(), **latents)
     if name == "mmd-gan":
         return LatentSchedulerPipeline(averaged_net.generator, FlowMatchEulerDiscreteScheduler(), **latents)

@@ -34,10 +34,10 @@ from latent_dmmd.checkpoints import (
     save_checkpoint,
     writing,
 )
-from latent_dmmd.config import Config, ConfigError, TrainingConfig, as_dict, differing_keys, save_config
+from latent_dmmd.config import ONE_STEP, Config, ConfigError, TrainingConfig, as_dict, differing_keys, save_config
 from latent_dmmd.data import DataError, Pictures, keyed_generator, load_pictures, write_aside
 from latent_dmmd.latents import Autoencoder, encode_moments, load_autoencoder, reconstruct, to_uint8
-from latent_dmmd.methods import begin_with, build_network, build_objective, build_pipeline
+from latent_dmmd.methods import begin_with, build_network, build_objective, build_pipeline, teacher_pairs
 from latent_dmmd.objective import Batch, Terms
 from latent_dmmd.pictures import labelled_grid, plot_losses
 from latent_dmmd.pipeline import LatentDMMDPipeline, LatentPipeline
@@ -74,14 +74,15 @@ def draw_batch(
     level = (strata * num_noise_levels / num_levels).long().clamp(max=num_noise_levels - 1)
     label = None
     if cache.labels is None:
-        x_0 = cache.draw(num_levels * num_pairs, generator).unflatten(0, (num_levels, num_pairs))
+        drawn = cache.draw_with_noise(num_levels * num_pairs, generator)
+        x_0, eps = (a.unflatten(0, (num_levels, num_pairs)) for a in drawn)
     else:
         num_classes = len(cache.members)
         label = torch.randint(num_classes, (num_levels,), generator=shared)
         label[torch.rand(num_levels, generator=shared) < label_dropout] = num_classes
         wanted = [c if c < num_classes else None for c in label.tolist()]
         x_0 = torch.stack([cache.draw(num_pairs, generator, c) for c in wanted])
-    eps = torch.randn(x_0.shape, generator=generator)
+        eps = torch.randn(x_0.shape, generator=generator)
     return Batch(x_0, level, eps, torch.rand(num_levels, num_pairs, generator=generator), label)
 
 
@@ -311,7 +312,11 @@ def train(config: Config) -> Path:
     resume_from = checkpoint_to_resume(folder, config.resume_from_checkpoint, options.num_steps)
 
     # load
-    cache = load_particles(vae, pictures, config)
+    if config.objective.name == "one-step":
+        with accelerator.main_process_first():
+            cache = teacher_pairs(config, folder)
+    else:
+        cache = load_particles(vae, pictures, config)
     if cache.skipped:
         accelerator.print(f"skipped {len(cache.skipped)} unreadable pictures: {', '.join(cache.skipped[:5])} …")
     if accelerator.is_main_process:
@@ -439,7 +444,7 @@ def model_card(config: Config, num_pictures: int) -> str:
         else "The weights derive from the data below and follow their terms."
     )
     where = "in the latent space of a frozen autoencoder" if config.autoencoder.name_or_path else "on pixels"
-    titles = {"flow-matching": "Flow matching", "ddpm": "DDPM", "mmd-gan": "MMD-GAN"}
+    titles = {"flow-matching": "Flow matching", "ddpm": "DDPM", "mmd-gan": "MMD-GAN", "one-step": "One-step generator"}
     title = titles.get(config.objective.name, "Deep MMD gradient flow")
     what = "A baseline that generates"
     if config.objective.name not in titles:
@@ -477,8 +482,11 @@ def sampling_options(pipeline: LatentPipeline, config: Config) -> dict:
     options = config.sampling
     if isinstance(pipeline, LatentDMMDPipeline):
         return {name: getattr(options, name) for name in ("num_noise_levels", "steps_per_level", "sampler")}
-    one_step = config.objective.name == "mmd-gan"
-    return dict(num_inference_steps=1 if one_step else options.num_noise_levels * options.steps_per_level)
+    return dict(
+        num_inference_steps=1
+        if config.objective.name in ONE_STEP
+        else options.num_noise_levels * options.steps_per_level
+    )
 
 
 def log_pictures(trainer: Trainer, cache: LatentCache | PixelCache, vae: Autoencoder | None, step: int) -> None:

@@ -19,6 +19,7 @@ ORDER = [
     "data",
     "cache",
     "pipeline",
+    "distillation",
     "editing",
     "pictures",
     "film",
