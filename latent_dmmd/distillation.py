@@ -5,9 +5,9 @@ Particles that a flow has moved from noise ε to x are what G(ε) = ε − v(ε,
     L = E ‖G(ε) − x‖² / D
 
 With stored witnesses x is a function of ε, and with exact ones nearly so for many particles at once: G can learn it,
-and is not asked for the mean of several x, a blurred picture (Luhman & Luhman, 2021, of diffusion). Pairs (ε, x) are made
-once and kept in the run folder. G is the U-Net of flow matching and begins with the weights that it shares with φ; it is
-saved and sampled as flow matching with one step.
+and is not asked for the mean of several x, a blurred picture (Luhman & Luhman, 2021, of diffusion). Pairs (ε, x) are
+made once and kept in the run folder. G is the U-Net of flow matching and begins with the weights that it shares with φ;
+it is saved and sampled as flow matching with one step.
 """
 
 from dataclasses import dataclass
