@@ -3,6 +3,7 @@
 Everything comes from this machine, fonts and scripts included. Needs the extra `app` (Gradio).
 """
 
+import json
 import queue
 import tempfile
 import threading
@@ -26,7 +27,7 @@ from latent_dmmd.pictures import labelled_grid, to_pil
 from latent_dmmd.pipeline import LatentDMMDPipeline, LatentPipeline, load_pipeline
 
 THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-NUM_FRAMES, MAX_PICTURES, MAX_SEED = 12, 16, 2**31 - 1
+NUM_FRAMES, MAX_PICTURES, MAX_SEED, ANY = 12, 16, 2**31 - 1, "any"
 
 
 @contextmanager
@@ -82,7 +83,13 @@ def build_demo(folders: dict[str, str]) -> gr.Blocks:
 
     Returns:
         The page, to be launched with `THEME`.
+
+    Raises:
+        ValueError: If there is no pipeline in a folder.
     """
+    for folder in folders.values():
+        if not (Path(folder) / "model_index.json").exists():
+            raise ValueError(f"no pipeline in {folder}; give the folder that training wrote, runs/NAME/pipeline")
     loaded = cache(lambda name: load_pipeline(folders[name]))
 
     def pipeline(name: str) -> LatentPipeline:
@@ -90,13 +97,19 @@ def build_demo(folders: dict[str, str]) -> gr.Blocks:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def generate(name, seed, num_images, sampler, num_levels, steps_per_level, progress=gr.Progress()):  # noqa: B008
+    def classes(name: str) -> gr.Dropdown:
+        names = json.loads((Path(folders[name]) / "model_index.json").read_text()).get("class_names") or []
+        return gr.Dropdown([ANY, *names], value=ANY)
+
+    def generate(name, seed, count, sampler, label, guidance, num_levels, steps_per_level, progress=gr.Progress()):  # noqa: B008
         with shown_errors():
             pipe, generator, nfe = pipeline(name), seed_of(seed), int(num_levels * steps_per_level)
-            every, count = max(1, nfe // NUM_FRAMES), int(num_images)
+            every, count = max(1, nfe // NUM_FRAMES), int(count)
             how = {"num_inference_steps": nfe}
             if isinstance(pipe, LatentDMMDPipeline):
                 how = dict(sampler=sampler, num_noise_levels=int(num_levels), steps_per_level=int(steps_per_level))
+            if label != ANY:
+                how |= dict(class_labels=label, guidance_scale=guidance)
 
             def run(report: Callable) -> torch.Tensor:
                 def after_step(pipe: LatentPipeline, i: int, t: float, tensors: dict) -> None:
@@ -172,11 +185,15 @@ def build_demo(folders: dict[str, str]) -> gr.Blocks:
             with gr.Row():
                 num_images = gr.Slider(1, MAX_PICTURES, 4, step=1, label="Pictures")
                 sampler = gr.Dropdown(list(get_args(Sampler)), value="exact", label="Sampler (DMMD)")
+                label = gr.Dropdown([ANY], value=ANY, label="Class")
+                guidance = gr.Slider(1.0, 5.0, 1.0, step=0.5, label="Guidance (approximate sampler)")
             start = gr.Button("Generate", variant="primary", elem_id="generate")
             flow = gr.Image(label="Flow", interactive=False, buttons=["download"], elem_id="flow")
             gallery = gr.Gallery(label="Pictures", columns=4, interactive=False, elem_id="pictures")
             files = gr.DownloadButton("Download the pictures", elem_id="download")
-            inputs = [name, seed, num_images, sampler, num_levels, steps_per_level]
+            name.change(classes, name, label)
+            page.load(classes, name, label)
+            inputs = [name, seed, num_images, sampler, label, guidance, num_levels, steps_per_level]
             start.click(generate, inputs, [flow, gallery, files], **busy)
         with gr.Tab("Inpaint"):
             brush = gr.Brush(colors=["#ff0000"], color_mode="fixed", default_size=40)

@@ -93,6 +93,12 @@ def test_generate_then_inpaint(page):
     page.locator("#edited img").first.wait_for()
 
 
+def test_a_folder_without_a_pipeline_is_named(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "demo.py"), "--pipelines", f"{{none: {tmp_path}}}"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith(f"demo.py: no pipeline in {tmp_path}")
+
+
 def test_bad_input_is_a_message(page):
     page.get_by_role("tab", name="Inpaint").click()
     page.locator("#inpaint").click()
