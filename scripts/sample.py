@@ -29,6 +29,8 @@ def main() -> None:
     parser.add_argument("--num_noise_levels", type=PositiveInt, default=25, help="DMMD: noise levels of the flow.")
     parser.add_argument("--steps_per_level", type=PositiveInt, default=2, help="DMMD: gradient steps at each level.")
     parser.add_argument("--num_inference_steps", type=PositiveInt | None, help="NFE, instead of these two; or 50.")
+    parser.add_argument("--class_labels", type=str | None, help="Name of a class, of a pipeline that has classes.")
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="How much more of it; approximate sampler.")
     args = parser.parse_args()
 
     accelerator = Accelerator()

@@ -1,6 +1,9 @@
 """Features, mean embeddings and flows for classes of pictures, from the data to the pipeline."""
 
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import datasets
 import pytest
@@ -15,6 +18,7 @@ from latent_dmmd.forward import LinearInterpolant
 from latent_dmmd.objective import DMMD, Batch, WitnessMatching
 from latent_dmmd.training import draw_batch, train
 
+ROOT = Path(__file__).parents[1]
 SIZES = dict(block_out_channels=(8,), attention_levels=(True,), layers_per_block=1, num_groups=2)
 
 
@@ -239,6 +243,10 @@ def test_from_folders_to_a_pipeline_of_classes(class_arguments, tmp_path):
         4, class_labels=["bright", "dark"] * 2, num_inference_steps=4, guidance_scale=1.5, output_type="pt"
     ).images
     assert images.isfinite().all()
+    how = ["--class_labels", "dark", "--sampler", "approximate", "--guidance_scale", "2", "--num_inference_steps", "2"]
+    command = [sys.executable, str(ROOT / "scripts" / "sample.py"), "--pipeline", str(folder / "pipeline"), *how]
+    subprocess.run([*command, "--num_images", "3", "--output_dir", str(tmp_path / "dark")], check=True)
+    assert len(list((tmp_path / "dark" / "images").glob("*.png"))) == 3
     # resuming from the middle ends at the same weights and metrics
     again = [*class_arguments, "--output_dir", str(tmp_path / "again"), "--training.checkpointing_steps", "3"]
     train(parse_config(Config, [*again, "--training.learning_rate_schedule", "cosine"]))
