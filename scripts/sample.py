@@ -33,9 +33,10 @@ def main() -> None:
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="How much more of it; approximate sampler.")
     args = parser.parse_args()
 
-    accelerator = Accelerator()
-    pipe = load_pipeline(args.pipeline)
+    accelerator, pipe = Accelerator(), load_pipeline(args.pipeline)
     names = [name for name in inspect.signature(pipe.__call__).parameters if name in args]
+    if args.class_labels is not None and "class_labels" not in names:
+        raise ValueError(f"{args.pipeline} has no classes; leave out --class_labels")
     # what is not given and has no default here has one in the pipeline
     how = {name: args[name] for name in names if args[name] is not None}
     generator = torch.Generator().manual_seed(args.seed)
