@@ -160,7 +160,7 @@ def assert_one_line(result, *parts):
     return last
 
 
-@pytest.mark.parametrize("room", ["metrics", "checkpoint"])
+@pytest.mark.parametrize("room", [pytest.param("metrics", marks=pytest.mark.long), "checkpoint"])
 def test_a_file_that_cannot_be_written(arguments, tmp_path, room):
     """A limit on the size of files stands for a disk that fills while a file is written."""
     folder = train(parse_config(Config, [*arguments, *EVERY_STEP, "--training.num_steps", "20"]))
@@ -232,7 +232,7 @@ def launch(path, *args, **options):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, **options)
 
 
-@pytest.mark.parametrize("objective", ["witness-matching", "dmmd"])
+@pytest.mark.parametrize("objective", ["witness-matching", pytest.param("dmmd", marks=pytest.mark.long)])
 def test_ranks_stay_identical_and_one_of_them_writes(arguments, tmp_path, objective):
     path = tmp_path / "ranks.py"
     path.write_text(RANKS)
