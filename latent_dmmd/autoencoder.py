@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from latent_dmmd.checkpoints import checkpoint_to_resume, load_checkpoint, pass_over_incomplete, save_checkpoint
 from latent_dmmd.config import check, save_config
+from latent_dmmd.evaluation import block_maps
 from latent_dmmd.training import MetricsFile, check_finite, learning_rate_at, prepare_run_folder
 
 
@@ -121,14 +122,9 @@ class PerceptualDistance(nn.Module):
 
     def features(self, pixels: Tensor) -> tuple[list[Tensor], Tensor]:
         net = self.net
-        h = net._swish(net._bn0(net._conv_stem(pixels)))
-        maps = []
-        for i, block in enumerate(net._blocks):
-            h = block(h)
-            if i in self.layers:
-                maps.append(h.float())
+        maps, h = block_maps(net, pixels, self.layers)
         h = net._swish(net._bn1(net._conv_head(h))).float()
-        return maps, reduce(h, "b c h w -> b c", "mean")
+        return [m.float() for m in maps], reduce(h, "b c h w -> b c", "mean")
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():

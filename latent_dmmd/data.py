@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -88,7 +89,7 @@ class PictureDataset(Dataset):
         read: From an index to a file or to bytes.
         resolution: R.
         fingerprint: Changes whenever the data do.
-        classes: The name of each picture's class; None if they have none.
+        classes: Gives the name of each picture's class when they are asked for; None if they have none.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class PictureDataset(Dataset):
         read: Callable[[int], str | Path | bytes],
         resolution: int,
         fingerprint: str,
-        classes: list[str] | None = None,
+        classes: Callable[[], list[str]] | None = None,
     ) -> None:
         self.names, self.read, self.resolution, self.fingerprint = names, read, resolution, fingerprint
         self.classes = classes
@@ -125,7 +126,7 @@ class PictureDataset(Dataset):
         if self.classes is None:
             raise DataError("these pictures have no classes: use a folder for each class, a column 'label', or elpv")
         left_out = set(skipped)
-        kept = [c for name, c in zip(self.names, self.classes) if name not in left_out]
+        kept = [c for name, c in zip(self.names, self.classes()) if name not in left_out]
         names = sorted(set(kept))
         if len(names) < 2:
             raise DataError(f"all pictures are of one class, {names[0]}")
@@ -237,15 +238,15 @@ def load_pictures(
     name, _, split = name_or_path.partition(":")
     if name == "elpv":
         paths = elpv_files(split or "all")
-        return pictures_in_files([str(p) for p in paths], resolution, elpv_classes(paths))
+        return pictures_in_files([str(p) for p in paths], resolution, partial(elpv_classes, paths))
     path = Path(name_or_path)
     if path.is_dir():
         paths = sorted(files_below(str(path)))
         if not paths:
             raise DataError(f"no pictures in {path}: looked for {', '.join(sorted(PICTURE_SUFFIXES))}")
-        below = [Path(p).relative_to(path).parts for p in paths]
+        below = [os.path.relpath(p, path).split(os.sep) for p in paths]
         sorted_in = all(len(parts) > 1 for parts in below)
-        return pictures_in_files(paths, resolution, [parts[0] for parts in below] if sorted_in else None)
+        return pictures_in_files(paths, resolution, (lambda: [parts[0] for parts in below]) if sorted_in else None)
     if path.suffix in (".parquet", ".arrow"):
         if not path.exists():
             raise DataError(f"no file {path}")
@@ -260,7 +261,8 @@ def load_pictures(
         table = datasets.load_dataset(**source, split=split)
     if not len(table):
         raise DataError(f"no pictures in {name_or_path}")
-    classes = [str(value) for value in table["label"]] if "label" in table.column_names else None
+    labelled = table
+    classes = (lambda: [str(c) for c in labelled["label"]]) if "label" in table.column_names else None
     table = undecoded(table, name_or_path, image_column)
     names = [f"{name_or_path}[{i}]" for i in range(len(table))]
     return PictureDataset(names, lambda i: cell_source(table[i][image_column]), resolution, table._fingerprint, classes)
@@ -345,7 +347,9 @@ def files_below(folder: str) -> Iterator[str]:
             yield entry.path
 
 
-def pictures_in_files(paths: list[str], resolution: int, classes: list[str] | None = None) -> PictureDataset:
+def pictures_in_files(
+    paths: list[str], resolution: int, classes: Callable[[], list[str]] | None = None
+) -> PictureDataset:
     """Pictures in files; the fingerprint covers their names, sizes and times."""
     digest = hashlib.sha256()
     for path in paths:

@@ -3,7 +3,6 @@
 Everything comes from this machine, fonts and scripts included. Needs the extra `app` (Gradio).
 """
 
-import json
 import queue
 import tempfile
 import threading
@@ -24,7 +23,7 @@ from latent_dmmd.editing import editor_of
 from latent_dmmd.film import decoded
 from latent_dmmd.flow import Sampler
 from latent_dmmd.pictures import labelled_grid, to_pil
-from latent_dmmd.pipeline import LatentDMMDPipeline, LatentPipeline, load_pipeline
+from latent_dmmd.pipeline import LatentDMMDPipeline, LatentPipeline, load_pipeline, read_index
 
 THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 NUM_FRAMES, MAX_PICTURES, MAX_SEED, ANY = 12, 16, 2**31 - 1, "any"
@@ -87,9 +86,7 @@ def build_demo(folders: dict[str, str]) -> gr.Blocks:
     Raises:
         ValueError: If there is no pipeline in a folder.
     """
-    for folder in folders.values():
-        if not (Path(folder) / "model_index.json").exists():
-            raise ValueError(f"no pipeline in {folder}; give the folder that training wrote, runs/NAME/pipeline")
+    class_names = {name: read_index(folder).get("class_names") or [] for name, folder in folders.items()}
     loaded = cache(lambda name: load_pipeline(folders[name]))
 
     def pipeline(name: str) -> LatentPipeline:
@@ -98,8 +95,7 @@ def build_demo(folders: dict[str, str]) -> gr.Blocks:
         return pipe
 
     def classes(name: str) -> gr.Dropdown:
-        names = json.loads((Path(folders[name]) / "model_index.json").read_text()).get("class_names") or []
-        return gr.Dropdown([ANY, *names], value=ANY)
+        return gr.Dropdown([ANY, *class_names[name]], value=ANY)
 
     def generate(name, seed, count, sampler, label, guidance, num_levels, steps_per_level, progress=gr.Progress()):  # noqa: B008
         with shown_errors():
@@ -113,12 +109,12 @@ def build_demo(folders: dict[str, str]) -> gr.Blocks:
 
             def run(report: Callable) -> torch.Tensor:
                 def after_step(pipe: LatentPipeline, i: int, t: float, tensors: dict) -> None:
-                    report((i + 1, t, decoded(pipe, tensors["latents"]) if (i + 1) % every == 0 else None))
+                    shown = (i + 1) % every == 0 and i + 1 < nfe  # the end is decoded below
+                    report((i + 1, t, decoded(pipe, tensors["latents"]) if shown else None))
 
                 z = pipe(count, generator=generator, output_type="latent", callback_on_step_end=after_step, **how)
                 return decoded(pipe, z.images)
 
-            frame = None
             for value in steps_of(run):
                 if isinstance(value, torch.Tensor):
                     images = [to_pil(image) for image in value]
@@ -127,8 +123,8 @@ def build_demo(folders: dict[str, str]) -> gr.Blocks:
                 step, t, images_uint8 = value
                 progress((step, nfe), desc="flow")
                 if images_uint8 is not None:
-                    frame = labelled_grid({f"step {step} of {nfe}, t = {t:.2f}": images_uint8}, columns=min(4, count))
-                    yield frame, None, None
+                    caption = f"step {step} of {nfe}, t = {t:.2f}"
+                    yield labelled_grid({caption: images_uint8}, columns=min(4, count)), None, None
 
     def inpaint(name, seed, drawing, num_variations, num_steps, strength, progress=gr.Progress()):  # noqa: B008
         with shown_errors():
@@ -161,16 +157,15 @@ def build_demo(folders: dict[str, str]) -> gr.Blocks:
 
     def diagnose(name, seed, data, num_particles, num_levels, steps_per_level):
         with shown_errors():
-            pipe, generator = pipeline(name), seed_of(seed)
+            pipe, seed = pipeline(name), seed_of(seed).initial_seed()
             if not isinstance(pipe, LatentDMMDPipeline):
                 raise ValueError(f"{name} has no witness to diagnose; choose a DMMD pipeline")
             pictures = load_pictures(data, resolution=pipe.resolution)
-            order = torch.randperm(len(pictures), generator=generator)[: 2 * int(num_particles)].tolist()
-            diagnosis = Diagnosis(pipe, pipe.encode(torch.stack([pictures[i] for i in order])), int(seed))
+            diagnosis = Diagnosis(pipe, pipe.encode(pictures.examples(2 * int(num_particles), seed)), seed)
             counts = (int(num_levels), int(steps_per_level))
             flows = {sampler: diagnosis.run(sampler, *counts) for sampler in ("exact", "approximate")}
             folder = Path(tempfile.mkdtemp(prefix="latent_dmmd-"))
-            save_diagnosis(flows, {"data": data, "seed": int(seed)}, folder)
+            save_diagnosis(flows, {"data": data, "seed": seed}, folder)
             return str(folder / "diagnosis.png")
 
     with gr.Blocks(title="latent_dmmd", analytics_enabled=False, delete_cache=(3600, 3600)) as page:

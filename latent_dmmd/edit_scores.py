@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latent_dmmd.editing import Editing, SmallerPicture, resized
-from latent_dmmd.evaluation import load_extractor
+from latent_dmmd.evaluation import block_maps, load_extractor
 from latent_dmmd.latents import Autoencoder, reconstruct, to_pixels, to_uint8
 
 LAYERS = (0, 2, 4, 10, 15)  # the last block at strides 2, 4, 8, 16 and 32
@@ -53,13 +53,8 @@ def pooled(values: Tensor) -> float:
 def feature_maps(net: nn.Module, images_uint8: Tensor) -> list[Tensor]:
     """Maps of `LAYERS`, with unit length over channels, of pictures (B, 3, H, W)."""
     x = F.interpolate(images_uint8.float(), (224, 224), mode="bilinear", antialias=True, align_corners=False)
-    h = net._swish(net._bn0(net._conv_stem((x - 127) / 128)))
-    maps = []
-    for i, block in enumerate(net._blocks):
-        h = block(h)
-        if i in LAYERS:
-            maps.append(F.normalize(h, dim=1))
-    return maps
+    maps, _ = block_maps(net, (x - 127) / 128, LAYERS)
+    return [F.normalize(m, dim=1) for m in maps]
 
 
 def perceptual_distance(net: nn.Module, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:

@@ -136,6 +136,17 @@ class EfficientNetLite0Extractor(FeatureExtractorBase):
         return torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
 
 
+def block_maps(net: torch.nn.Module, pixels: Tensor, layers: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
+    """Maps after the given blocks of an EfficientNet-Lite, and after the last, of its input (B, 3, H, W)."""
+    h = net._swish(net._bn0(net._conv_stem(pixels)))
+    maps = []
+    for i, block in enumerate(net._blocks):
+        h = block(h)
+        if i in layers:
+            maps.append(h)
+    return maps, h
+
+
 if "efficientnet-lite0" not in FEATURE_EXTRACTORS_REGISTRY:  # torch-fidelity refuses a second registration
     register_feature_extractor("efficientnet-lite0", EfficientNetLite0Extractor)
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from latent_dmmd.baselines import VelocityNet
 from latent_dmmd.features import FeatureNet, MeanEmbeddings, PatchUNet
 from latent_dmmd.flow import (
+    FlowStep,
     Sampler,
     SelfTerm,
     flow_schedule,
@@ -340,16 +341,21 @@ class LatentDMMDPipeline(LatentPipeline):
             across_ranks=across_ranks,
         )
         levels = self.mean_embeddings.levels.tolist()
-        for i in self.progress_bar(range(len(steps))):
+        with self.progress_bar(total=len(steps)) as progress:
+
+            def after_step(i: int, step: FlowStep, z: Tensor) -> Tensor:
+                progress.update()
+                return self.after_step(callback_on_step_end, i, levels[step.level], z)
+
             if len(groups) == 1:
-                _, net, stored, schedule = groups[0]
-                z = gradient_flow(net, z, stored, schedule[i : i + 1], **options)
-            else:
-                moved = z.clone()
-                for which, net, stored, schedule in groups:
-                    moved[which] = gradient_flow(net, z[which], stored, schedule[i : i + 1], **options)
-                z = moved
-            z = self.after_step(callback_on_step_end, i, levels[steps[i].level], z)
+                _, net, stored, _ = groups[0]
+                z = gradient_flow(net, z, stored, steps, callback=after_step, **options)
+            else:  # in step with each other, for the callback
+                for i, step in enumerate(steps):
+                    moved = z.clone()
+                    for which, net, stored, schedule in groups:
+                        moved[which] = gradient_flow(net, z[which], stored, schedule[i : i + 1], **options)
+                    z = after_step(i, step, moved)
 
         # 4. decode
         return self.output(z, output_type, chunk_size, return_dict)
@@ -458,6 +464,14 @@ class LatentSchedulerPipeline(LatentPipeline):
 PIPELINES = {cls.__name__: cls for cls in (LatentDMMDPipeline, LatentSchedulerPipeline)}
 
 
+def read_index(folder: str | Path) -> dict:
+    """What a saved pipeline says of itself. Raises ValueError if there is none in the folder."""
+    index = Path(folder) / "model_index.json"
+    if not index.exists():
+        raise ValueError(f"no pipeline in {folder}; give the folder that training wrote, runs/NAME/pipeline")
+    return json.loads(index.read_text())
+
+
 def load_pipeline(folder: str | Path) -> LatentDMMDPipeline | LatentSchedulerPipeline:
     """A saved pipeline, on this process's GPU if there is one; safetensors and JSON alone are read.
 
@@ -465,10 +479,7 @@ def load_pipeline(folder: str | Path) -> LatentDMMDPipeline | LatentSchedulerPip
         ValueError: If there is none of ours in the folder.
         OSError: If it has no safetensors.
     """
-    index = Path(folder) / "model_index.json"
-    if not index.exists():
-        raise ValueError(f"no pipeline in {folder}; give the folder that training wrote, runs/NAME/pipeline")
-    name = json.loads(index.read_text()).get("_class_name")
+    name = read_index(folder).get("_class_name")
     if name not in PIPELINES:
         raise ValueError(f"{folder} holds a {name}, not one of {', '.join(PIPELINES)}")
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"

@@ -7,7 +7,6 @@ import sys
 from argparse import ArgumentError
 from pathlib import Path
 
-import torch
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
@@ -32,8 +31,7 @@ def main() -> None:
     pipe = load_pipeline(args.pipeline)
     pipe.set_progress_bar_config(desc="flow")
     pictures = load_pictures(args.data, resolution=pipe.resolution)
-    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(args.seed))
-    x_0 = pipe.encode(torch.stack([pictures[i] for i in order[: 2 * args.num_particles].tolist()]))
+    x_0 = pipe.encode(pictures.examples(2 * args.num_particles, args.seed))
     diagnosis, steps = Diagnosis(pipe, x_0, args.seed), (args.num_noise_levels, args.steps_per_level)
     flows = {sampler: diagnosis.run(sampler, *steps) for sampler in args.samplers}
     settings = {key: args[key] for key in ("data", "num_noise_levels", "steps_per_level", "seed")}
