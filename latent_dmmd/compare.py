@@ -59,7 +59,7 @@ from latent_dmmd.evaluation import (
     score_features,
 )
 from latent_dmmd.latents import load_autoencoder, standardise, to_uint8
-from latent_dmmd.pipeline import LatentPipeline, load_pipeline
+from latent_dmmd.pipeline import LatentPipeline, load_pipeline, read_index
 from latent_dmmd.training import (
     Trainer,
     load_particles,
@@ -84,9 +84,10 @@ class CompareConfig:
         output_dir: The comparison's folder.
         entries: Name to keys of `scripts/train_latent.py`, nested as in its YAML files.
         include: The entries to compare, of those above; all if null.
+        trained: Entries to load instead of training them: name to folder of a pipeline.
         common: Keys that all entries share.
-        minutes: Training time of each entry, turned into steps by the measured seconds a step; or
-        num_steps: steps of each entry.
+        minutes: Training time of each other entry, turned into steps by the measured seconds a step; or
+        num_steps: steps of each other entry.
         num_images: Pictures of each set that is scored.
         nfe: Numbers of function evaluations.
         seeds: Sampling seeds of each set.
@@ -103,6 +104,7 @@ class CompareConfig:
     output_dir: str = "runs/compare"
     entries: dict[str, dict] = field(default_factory=dict)
     include: list[str] | None = None
+    trained: dict[str, str] = field(default_factory=dict)
     common: dict = field(default_factory=dict)
     minutes: float | None = None
     num_steps: int | None = None
@@ -130,11 +132,13 @@ class CompareConfig:
         odd = [name for name in self.entries if not re.fullmatch(r"[\w.-]+", name)]
         check(not odd, f"names of entries are letters, digits, '-', '_' and '.'; got {', '.join(odd)}")
         check(GAUSSIAN not in self.entries, f"{GAUSSIAN} is always compared; choose another name for the entry")
-        unknown = [name for name in (*self.few, *(self.include or ())) if name not in self.entries]
+        named = (*self.few, *(self.include or ()), *self.trained)
+        unknown = [name for name in named if name not in self.entries]
         check(not unknown, f"{', '.join(unknown)} not among entries: {', '.join(self.entries)}")
         if self.include is not None:
             self.entries = {name: keys for name, keys in self.entries.items() if name in self.include}
             self.few = [name for name in self.few if name in self.include]
+            self.trained = {name: folder for name, folder in self.trained.items() if name in self.include}
         unknown = [name for name in (self.dmmd, self.baseline) if name not in self.entries]
         check(not unknown, f"{', '.join(unknown)} not among entries: {', '.join(self.entries)}")
 
@@ -161,6 +165,7 @@ class Comparison:
 
     Raises:
         ConfigError: If the configuration of an entry cannot be right.
+        ValueError: If there is no pipeline where an entry is to be loaded from.
     """
 
     def __init__(self, config: CompareConfig) -> None:
@@ -168,6 +173,8 @@ class Comparison:
         self.entries = {name: self.entry(name, num_steps=1) for name in config.entries}
         if self.entries[config.dmmd].autoencoder.name_or_path is None:
             raise ConfigError(f"dmmd={config.dmmd} is on pixels; name an entry with an autoencoder")
+        for folder in config.trained.values():
+            read_index(folder)
 
     def entry(self, name: str, num_steps: int) -> Config:
         """The configuration of an entry."""
@@ -180,29 +187,36 @@ class Comparison:
         except ConfigError as error:
             raise ConfigError(f"entries.{name}: {error}") from error
 
+    def pipeline_folder(self, name: str) -> Path:
+        """The folder of an entry's trained pipeline."""
+        return Path(self.config.trained.get(name, self.folder / "runs" / name / "pipeline"))
+
     # training
 
-    def seconds_per_step(self) -> dict[str, float]:
-        """Seconds of a training step of every entry, measured in turns, once."""
+    @property
+    def to_train(self) -> list[str]:
+        """The entries that are not loaded."""
+        return [name for name in self.config.entries if name not in self.config.trained]
+
+    def costs(self) -> dict[str, dict]:
+        """Seconds and parameters of a training step of every entry to train, measured in turns, once."""
         path = self.folder / "costs.json"
         known = json.loads(path.read_text()) if path.exists() else {}
-        missing = [name for name in self.config.entries if name not in known]
-        if missing:
+        if not set(self.to_train) <= set(known):
             # all of them again: only figures of one measurement are compared
-            names = list(self.config.entries)
-            known = in_a_process(step_costs, {name: self.entries[name] for name in names})
+            known = in_a_process(step_costs, {name: self.entries[name] for name in self.to_train})
             write_json(path, known)
-        return {name: known[name]["seconds"] for name in self.config.entries}
+        return known
 
     def num_steps(self) -> dict[str, int]:
-        """Training steps of every entry."""
-        seconds, config = self.seconds_per_step(), self.config
+        """Training steps of every entry to train."""
+        costs, config = self.costs(), self.config
         if config.num_steps is not None:
-            return {name: config.num_steps for name in config.entries}
-        return {name: max(1, round(60 * config.minutes / seconds[name])) for name in config.entries}
+            return {name: config.num_steps for name in self.to_train}
+        return {name: max(1, round(60 * config.minutes / costs[name]["seconds"])) for name in self.to_train}
 
     def train(self) -> None:
-        """Train every entry to its number of steps, each in a process of its own."""
+        """Train every entry to train to its number of steps, each in a process of its own."""
         for name, steps in self.num_steps().items():
             config = self.entry(name, steps)
             record = self.folder / "runs" / name / "trained.json"
@@ -242,17 +256,19 @@ class Comparison:
 
     def samples(self) -> dict[str, dict[tuple[int, int], Path]]:
         """The generated sets: label to (NFE, seed) to the file of its features; made where they are missing."""
-        files, steps = {}, self.num_steps()
-        for name in self.config.entries:
-            pipe = cached(lambda name=name: load_pipeline(self.folder / "runs" / name / "pipeline"))
+        config, files, steps = self.config, {}, self.num_steps()
+        for name in config.entries:
+            pipe = cached(lambda name=name: load_pipeline(self.pipeline_folder(name)))
+            state = f"{steps[name]}-steps" if name in steps else "trained"
             for label, options in self.labels(name).items():
-                folder = self.folder / "samples" / label.replace(" ", "-") / f"{steps[name]}-steps"
+                folder = self.folder / "samples" / label.replace(" ", "-") / state
                 files[label] = {key: folder / "nfe-{}-seed-{}.safetensors".format(*key) for key in self.sets(name)}
                 for (nfe, seed), path in files[label].items():
                     how = {"num_inference_steps": nfe, **options}
-                    self.make_set(path, f"{label}, {nfe} NFE", seed, partial(generate, pipe, how))
+                    draw = partial(generate, pipe, how)
+                    self.make_set(path, f"{label}, {nfe} NFE", seed, draw, config.trained.get(name))
         folder = self.folder / "samples" / GAUSSIAN
-        files[GAUSSIAN] = {(0, seed): folder / f"seed-{seed}.safetensors" for seed in self.config.seeds}
+        files[GAUSSIAN] = {(0, seed): folder / f"seed-{seed}.safetensors" for seed in config.seeds}
         fit = cached(self.fit_gaussian)
         for (_, seed), path in files[GAUSSIAN].items():
             self.make_set(path, GAUSSIAN, seed, lambda n, generator: fit()(n, generator))
@@ -261,18 +277,27 @@ class Comparison:
     def fit_gaussian(self) -> Callable[[int, torch.Generator], Tensor]:
         """A sampler of pictures from the Gaussian fitted to the training latents."""
         config = self.entries[self.config.dmmd]
-        pipe = load_pipeline(self.folder / "runs" / self.config.dmmd / "pipeline")
+        pipe = load_pipeline(self.pipeline_folder(self.config.dmmd))
         pictures = load_pictures(config.data.name_or_path, config.data.resolution, config.data.image_column)
         cache = load_particles(pipe.vae, pictures, config)
         fit = GaussianFit(standardise(cache.mean[:, 0], cache.channel_mean, cache.channel_std))
         return lambda n, generator: pipe.decode(fit.draw(n, generator).to(pipe.device), "pt")
 
-    def make_set(self, path: Path, label: str, seed: int, draw: Callable[[int, torch.Generator], Tensor]) -> None:
+    def make_set(
+        self,
+        path: Path,
+        label: str,
+        seed: int,
+        draw: Callable[[int, torch.Generator], Tensor],
+        pipeline: str | None = None,
+    ) -> None:
         """Features of generated pictures, and the first pictures, in a file.
 
-        Nothing is done if the file holds as many pictures, seen by the same network.
+        Nothing is done if the file holds as many pictures, of the same loaded pipeline, seen by the same network.
         """
         made_for = {"num_images": str(self.config.num_images), "extractor": self.config.extractor}
+        if pipeline is not None:
+            made_for["pipeline"] = pipeline
         if holds(path, made_for):
             return
         print(f"{label}, seed {seed}: {self.config.num_images} pictures")
@@ -317,7 +342,8 @@ class Comparison:
         ways = {label: (name, options) for name in self.config.entries for label, options in self.labels(name).items()}
         if not {*ways, "decode"} <= set(known):
             # all of them again: only figures of one measurement are compared
-            known = in_a_process(sampling_costs, self.folder / "runs", ways, self.config.dmmd)
+            folders = {name: self.pipeline_folder(name) for name in self.config.entries}
+            known = in_a_process(sampling_costs, folders, ways, self.config.dmmd)
             write_json(path, known)
         return known
 
@@ -336,17 +362,16 @@ class Comparison:
 
     def results(self) -> dict:
         """Everything that the report shows, but for the pictures."""
-        config, steps, step_seconds = self.config, self.num_steps(), self.seconds_per_step()
+        config, costs, steps = self.config, self.costs(), self.num_steps()
         files, real, speed = self.samples(), self.real(), self.speed()
-        costs = json.loads((self.folder / "costs.json").read_text())
         entries = {}
-        for name in config.entries:
+        for name in self.to_train:
             record = json.loads((self.folder / "runs" / name / "trained.json").read_text())
             entries[name] = {
                 "num_parameters": costs[name]["num_parameters"],
                 "num_steps": steps[name],
-                "seconds_per_step": step_seconds[name],
-                "training_minutes": steps[name] * step_seconds[name] / 60,
+                "seconds_per_step": costs[name]["seconds"],
+                "training_minutes": steps[name] * costs[name]["seconds"] / 60,
                 "peak_mb": record["peak_mb"],
                 "keys": merged(config.common, config.entries[name]),
             }
@@ -375,6 +400,7 @@ class Comparison:
                 "dmmd": config.dmmd,
                 "baseline": config.baseline,
                 "pixel": config.pixel,
+                "trained": config.trained,
             },
             "machine": machine(),
             "floor_distance": frechet_distance(*floor),
@@ -477,10 +503,10 @@ def generate(pipe: Callable[[], LatentPipeline], how: dict, n: int, generator: t
 
 
 def sampling_costs(
-    runs: Path, ways: dict[str, tuple[str, dict]], dmmd: str, nfe: int = 5, num_images: int = 32
+    folders: dict[str, Path], ways: dict[str, tuple[str, dict]], dmmd: str, nfe: int = 5, num_images: int = 32
 ) -> dict[str, dict]:
     """Seconds and peak memory of one NFE a picture for every way, an entry and options; and of decoding one."""
-    pipes = {name: load_pipeline(runs / name / "pipeline") for name in {dmmd, *(name for name, _ in ways.values())}}
+    pipes = {name: load_pipeline(folder) for name, folder in folders.items()}
     for pipe in pipes.values():
         pipe.set_progress_bar_config(disable=True)
     how = {"num_inference_steps": nfe, "output_type": "latent", "chunk_size": None}

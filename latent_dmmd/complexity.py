@@ -161,6 +161,69 @@ def objective_costs(
     return costs | {"witness matching, running": Cost(four.seconds / 4, four.peak_mb)}
 
 
+REPRESENTATIONS = {
+    "latents": (dict(in_channels=8, sample_size=16, patch_size=2, block_out_channels=(96, 128)), 8, 8),
+    "pixels, patches of 32×32": (
+        dict(
+            in_channels=3,
+            sample_size=256,
+            patch_size=32,
+            block_out_channels=(96, 128),
+            conv_in_kernel=1,
+            squared_norm=True,
+        ),
+        8,
+        8,
+    ),
+    "pixels, one by one": (
+        dict(
+            in_channels=3,
+            sample_size=256,
+            patch_size=1,
+            block_out_channels=(*6 * (96,), 128),
+            attention_levels=(*6 * (False,), True),
+        ),
+        1,
+        2,
+    ),
+}
+
+
+def representation_costs(
+    device: torch.device, representations: dict[str, tuple[dict, int, int]] = REPRESENTATIONS, repeats: int = 1
+) -> dict[str, dict[str, float]]:
+    """Seconds and peak memory a pair of a step of witness matching, for pictures of 256 × 256 as latents and as pixels.
+
+    The three U-Nets have their attention on the same 4 × 4 grid. The one that reads pixels one by one is measured with
+    2 pairs instead of 64, for the sake of memory.
+
+    Args:
+        device: Where.
+        representations: Name to arguments of `FeatureNet`, levels and pairs a level of a step.
+        repeats: Rounds.
+    """
+    steps, pairs, sizes = {}, {}, {}
+    for name, (network, levels, pairs_per_level) in representations.items():
+        shape = (network["in_channels"], network["sample_size"], network["sample_size"])
+        batch = random_batch(levels, pairs_per_level, shape, 25, device)
+        torch.manual_seed(0)
+        net, averaged = (FeatureNet(num_features=64, **network).to(device) for _ in range(2))
+        objective = WitnessMatching(net, LinearInterpolant(), 25, averaged.requires_grad_(False), "running").to(device)
+        step = training_step(objective, batch, False)
+        steps[name] = lambda step=step: [step() for _ in range(4)]  # running means are refreshed at every fourth step
+        pairs[name], sizes[name] = levels * pairs_per_level, sum(p.numel() for p in net.parameters())
+    costs = measure(steps, device, repeats)
+    return {
+        name: {
+            "pairs": pairs[name],
+            "seconds_per_pair": cost.seconds / 4 / pairs[name],
+            "peak_mb_per_pair": None if cost.peak_mb is None else cost.peak_mb / pairs[name],
+            "num_parameters": sizes[name],
+        }
+        for name, cost in costs.items()
+    }
+
+
 SMALL_NETWORK = dict(
     sample_size=4, in_channels=4, patch_size=2, block_out_channels=(16,), layers_per_block=1, attention_levels=(False,)
 )
@@ -264,6 +327,7 @@ def complexity_report(
         "objectives": {
             name: {**vars(cost), "over_flow_matching": cost.seconds / reference} for name, cost in objectives.items()
         },
+        "representations": representation_costs(device),
         "resolution": resolution_costs(device, resolutions, network, repeats=repeats),
     }
     for name, costs in (("training", training_costs), ("sampling", sampling_costs)):

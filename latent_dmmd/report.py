@@ -190,6 +190,8 @@ def page(
         if settings["minutes"]
         else f"{settings['steps']} training steps of each entry"
     )
+    loaded = ", ".join(f"{name} ({folder})" for name, folder in settings["trained"].items())
+    budget += f", but for those loaded: {loaded}" if loaded else ""
     distance = settings["distance"]
     goal_rows = "".join(
         f"<tr><td>{html.escape(goal['what'])}</td><td>{goal['value']:.2f}</td><td>{html.escape(goal['aim'])}</td>"

@@ -45,6 +45,8 @@ def main() -> None:
     plot_complexity(report, output_dir / "complexity.png")
     for name, cost in report["objectives"].items():
         print(f"{name:<28}{cost['seconds']:8.3f} s a step, {cost['over_flow_matching']:.2f} of flow matching")
+    for name, cost in report["representations"].items():
+        print(f"{name:<28}{1000 * cost['seconds_per_pair']:8.1f} ms a pair and step")
     for part in ("training", "sampling"):
         for name, series in report[part].items():
             print(f"{part}, {name:<28} exponent {series['exponent']:.2f} at sizes up to {series['sizes'][-1]}")

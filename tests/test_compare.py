@@ -117,6 +117,41 @@ def test_some_of_the_entries(settings):
     assert list(config.entries) == ["latent-dmmd", "latent-flow-matching"] and config.few == []
 
 
+def test_trained_entries_are_loaded(settings, tmp_path):
+    settings |= {"nfe": [10], "seeds": [0]}
+    first = Comparison(CompareConfig(**{**settings, "include": ["latent-dmmd", "latent-flow-matching"]}))
+    first.train()
+    expected = first.results()
+    shutil.copytree(first.pipeline_folder("latent-dmmd"), tmp_path / "released")
+    changed = {
+        "include": ["latent-dmmd", "latent-flow-matching", "latent-mmd-gan"],
+        "trained": {"latent-dmmd": str(tmp_path / "released"), "pixel-dmmd": "not included"},
+        "output_dir": str(tmp_path / "second"),
+    }
+    second = Comparison(CompareConfig(**{**settings, **changed}))
+    second.train()
+    result = second.results()
+    assert sorted(path.name for path in (second.folder / "runs").iterdir()) == [
+        "latent-flow-matching",
+        "latent-mmd-gan",
+    ]
+    assert list(result["entries"]) == ["latent-flow-matching", "latent-mmd-gan"]
+    for label in ("latent-dmmd exact", "latent-dmmd approximate"):
+        assert compare.mean_of(result, label, 10) == pytest.approx(compare.mean_of(expected, label, 10))
+    text = write_report(second, result, "").read_text()
+    assert f"but for those loaded: latent-dmmd ({tmp_path / 'released'})" in text
+
+    # another pipeline in its place is sampled anew
+    shutil.copytree(tmp_path / "released", tmp_path / "other")
+    before = stamps(second.folder / "samples")
+    changed["trained"] = {"latent-dmmd": str(tmp_path / "other")}
+    Comparison(CompareConfig(**{**settings, **changed})).samples()
+    again = {
+        path.parent.parent.name for path, stamp in stamps(second.folder / "samples").items() if before[path] != stamp
+    }
+    assert again == {"latent-dmmd-exact", "latent-dmmd-approximate"}
+
+
 def test_minutes_become_steps(settings, tmp_path):
     comparison = Comparison(CompareConfig(**{**settings, "num_steps": None, "minutes": 1.5}))
     costs = {name: {"seconds": 0.5 * (i + 1), "num_parameters": 1} for i, name in enumerate(settings["entries"])}
@@ -148,6 +183,14 @@ def test_bad_input_is_one_line_and_writes_nothing(settings, change, message):
     with pytest.raises(ConfigError, match=message) as error:
         Comparison(CompareConfig(**changed))
     assert "\n" not in str(error.value)
+    assert not shutil.os.path.exists(settings["output_dir"])
+
+
+def test_a_folder_without_a_pipeline_is_one_line(settings, tmp_path):
+    with pytest.raises(ValueError, match="no pipeline in .*nowhere; give the folder"):
+        Comparison(CompareConfig(**{**settings, "trained": {"latent-dmmd": str(tmp_path / "nowhere")}}))
+    with pytest.raises(ConfigError, match="other not among entries"):
+        CompareConfig(**{**settings, "trained": {"other": str(tmp_path)}})
     assert not shutil.os.path.exists(settings["output_dir"])
 
 

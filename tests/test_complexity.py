@@ -1,12 +1,23 @@
 import json
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from latent_dmmd.complexity import Cost, PeakMemory, fitted_exponent, measure, objective_costs
+from latent_dmmd import complexity
+from latent_dmmd.complexity import (
+    REPRESENTATIONS,
+    Cost,
+    PeakMemory,
+    fitted_exponent,
+    measure,
+    objective_costs,
+    representation_costs,
+)
+from latent_dmmd.features import FeatureNet
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "complexity.py"
 TINY = dict(
@@ -52,12 +63,34 @@ def test_forwards_make_the_difference():
     assert all(isinstance(cost, Cost) and cost.seconds > 0 for cost in costs.values())
 
 
+def test_a_step_on_pixels_costs_a_pair_what_it_costs():
+    """Small U-Nets: counted by the pair, so that a large step and a small one compare."""
+    large = TINY | {"sample_size": 32, "patch_size": 1}
+    networks = {"latents": (TINY, 2, 4), "pixels": (large, 1, 2), "pixels, more": (large, 1, 8)}
+    costs = representation_costs(torch.device("cpu"), networks)
+    assert [cost["pairs"] for cost in costs.values()] == [8, 2, 8]
+    assert costs["pixels"]["seconds_per_pair"] > 3 * costs["latents"]["seconds_per_pair"]
+    assert 0.2 < costs["pixels, more"]["seconds_per_pair"] / costs["pixels"]["seconds_per_pair"] < 1.5
+
+
+def test_representations_have_the_same_grid_for_attention():
+    for network, _, _ in REPRESENTATIONS.values():
+        with torch.device("meta"):
+            net = FeatureNet(num_features=64, **network)
+        halvings = len(network["block_out_channels"]) - 1
+        assert network["sample_size"] // network["patch_size"] // 2**halvings == 4
+        assert net.config.attention_levels[-1] and not any(net.config.attention_levels[:-1])
+
+
 def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["complexity.py", *arguments])
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
 def test_script(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        complexity, "representation_costs", partial(representation_costs, representations={"a": (TINY, 1, 2)})
+    )
     run(
         monkeypatch, "--output_dir", str(tmp_path), "--batches", "[8,16]", "--particles", "[4,8]",
         "--resolutions", "[64]", "--pairs_per_level", "2", "--repeats", "1",
