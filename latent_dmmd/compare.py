@@ -469,7 +469,7 @@ def goals(result: dict) -> list[dict]:
         try:
             figure = value()
             met = {"≤": figure <= aim, "<": figure < aim, "≥": figure >= aim}[sign]
-        except TypeError:  # one of the sets is not there
+        except (TypeError, KeyError):  # one of the sets is not there, or was not timed
             return
         found.append({"what": text, "value": figure, "aim": f"{sign} {aim:g}", "met": met})
 
