@@ -148,6 +148,7 @@ class ObjectiveConfig:
         teacher_steps: one-step: function evaluations of its flow.
         teacher_sampler: one-step: "exact", "approximate" or "hybrid".
         num_pairs: one-step: particles that it moves, to be learnt from.
+        witness_weight: one-step: weight of the term that moves the generator's own samples by the teacher's witness.
         label_dropout: With classes: share of the noise levels of a step whose pairs are of any class, in [0, 1].
     """
 
@@ -171,6 +172,7 @@ class ObjectiveConfig:
     teacher_steps: int = 10
     teacher_sampler: Sampler = "exact"
     num_pairs: int = 16384
+    witness_weight: float = 0.0
     label_dropout: float = 0.2
 
     def __post_init__(self) -> None:
@@ -191,7 +193,7 @@ class ObjectiveConfig:
             check(getattr(self, name) > 0, f"objective.{name} must be positive; got {getattr(self, name)}")
         check(0 <= self.label_dropout <= 1, f"objective.label_dropout must be in [0, 1]; got {self.label_dropout}")
         check(self.gradient_center in (0, 1), f"objective.gradient_center must be 0 or 1; got {self.gradient_center}")
-        for name in ("gradient_weight", "feature_weight"):
+        for name in ("gradient_weight", "feature_weight", "witness_weight"):
             check(getattr(self, name) >= 0, f"objective.{name} must not be negative; got {getattr(self, name)}")
 
     def discrepancy_options(self) -> dict:

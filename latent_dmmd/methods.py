@@ -108,7 +108,8 @@ def build_objective(config: Config, network: nn.Module, averaged_net: nn.Module)
     if options.name == "ddpm":
         return DDPM(*common)
     if options.name == "one-step":
-        return OneStep(*common)
+        teacher = load_pipeline(options.teacher) if options.witness_weight else None
+        return OneStep(*common, teacher=teacher, witness_weight=options.witness_weight)
     if options.name == "mmd-gan":
         return MMDGAN(*common, **penalty, discrepancy=discrepancy)
     if options.name == "dmmd":

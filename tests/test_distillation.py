@@ -63,6 +63,57 @@ def test_the_loss_against_loops():
     assert terms.named.keys() == {"distillation"}
 
 
+@pytest.fixture
+def small_generator():
+    torch.manual_seed(1)
+    return VelocityNet(16, 4, block_out_channels=(8,), attention_levels=(True,), layers_per_block=1, num_groups=2)
+
+
+def test_own_samples_are_moved_by_the_witness_against_loops(teacher, small_generator):
+    embeddings, weight = teacher.mean_embeddings, 0.3
+    embeddings.noisy.normal_()
+    embeddings.gradient_scale.uniform_(0.1, 1.0)
+    x, eps, u = torch.randn(1, 3, 4, 16, 16), torch.randn(1, 3, 4, 16, 16), torch.rand(1, 3)
+    objective = OneStep(small_generator, LinearInterpolant(), 4, teacher=teacher, witness_weight=weight)
+    terms = objective(Batch(x, torch.zeros(1, dtype=torch.long), eps, u))
+    parameters = list(small_generator.parameters())
+    found = torch.autograd.grad(terms.total, parameters, retain_graph=True)
+
+    k = int(u[0, 0] * len(embeddings.levels))
+    t, net = embeddings.levels[k], teacher.feature_net
+    generated = [eps[0, i] - small_generator(eps[0, i][None], torch.ones(()))[0] for i in range(3)]
+    noised = [((1 - t) * generated[i] + t * eps[0, (i - 1) % 3]).detach() for i in range(3)]
+    features = [net(z[None], t)[0].detach() for z in noised]
+    expected = 0.0
+    for i in range(3):
+        others = sum(features[j] for j in range(3) if j != i) / 2
+        z = noised[i].clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(net(z[None], t)[0] @ (others - embeddings.noisy[k]), z)
+        target = generated[i].detach() - embeddings.gradient_scale[k] * gradient
+        own = (generated[i] - target).square().mean()
+        expected += ((generated[i] - x[0, i]).square().mean() + weight * own) / 3
+    torch.testing.assert_close(terms.total, expected)
+    for a, b in zip(found, torch.autograd.grad(expected, parameters)):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+    assert terms.named.keys() == {"distillation", "witness"}
+
+
+def test_the_witness_moves_samples_towards_the_data(teacher):
+    embeddings, process = teacher.mean_embeddings, LinearInterpolant()
+    x, eps = torch.randn(16, 4, 16, 16), torch.randn(16, 4, 16, 16)
+    k, t = 1, embeddings.levels[1]
+    phi = teacher.feature_net(process.sample(x + 0.5, t.expand(16), eps), t).detach()
+    embeddings.noisy[k] = phi.mean(0)
+    embeddings.gradient_scale.fill_(0.1)
+    objective = OneStep(None, process, 4, teacher=teacher)
+
+    def distance(x):
+        return (teacher.feature_net(process.sample(x, t.expand(16), eps), t).mean(0) - phi.mean(0)).norm().item()
+
+    moved = objective.moved_by_witness(x, eps, (k + 0.5) / len(embeddings.levels))
+    assert not moved.requires_grad and distance(moved) < distance(x)
+
+
 def test_batches_hold_pairs():
     numbers = torch.arange(5.0).reshape(5, 1, 1, 1).expand(5, 2, 4, 4).contiguous()
     cache = PairCache(numbers, 10 * numbers, torch.zeros(2), torch.ones(2))
@@ -104,7 +155,9 @@ def test_from_a_teacher_to_pictures_in_one_step(one_step, tmp_path):
     assert (folder / "samples.png").exists()
 
 
-def test_resuming_makes_the_same_generator(one_step, tmp_path):
+@pytest.mark.parametrize("weight", ["0", "0.1"])
+def test_resuming_makes_the_same_generator(weight, one_step, tmp_path):
+    one_step = [*one_step, "--objective.witness_weight", weight]
     whole = train(parse_config(Config, one_step))
     again = [*one_step, "--output_dir", str(tmp_path / "again")]
     train(parse_config(Config, again))
@@ -113,6 +166,7 @@ def test_resuming_makes_the_same_generator(one_step, tmp_path):
     assert metrics(whole) == metrics(resumed)
     a, b = (load_pipeline(folder / "pipeline").network.state_dict() for folder in (whole, resumed))
     assert all(torch.equal(a[name], b[name]) for name in a)
+    assert ("witness" in metrics(whole)[0]) == (weight != "0")
 
 
 def test_refuses_what_cannot_be(arguments, one_step, tmp_path):
