@@ -115,6 +115,15 @@ def training_step(objective: Objective, batch: Batch, mixed_precision: bool) -> 
     return step
 
 
+def witness_matching(device: torch.device, network: dict, source: str = "running") -> WitnessMatching:
+    """The default objective on a new φ of 64 features and its average."""
+    nets = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        nets.append(FeatureNet(num_features=64, **network).to(device))
+    return WitnessMatching(nets[0], LinearInterpolant(), 25, nets[1].requires_grad_(False), source).to(device)
+
+
 def objective_costs(
     device: torch.device,
     network: dict,
@@ -140,12 +149,12 @@ def objective_costs(
         torch.manual_seed(0)
         return FeatureNet(num_features=64, **network).to(device)
 
-    def matching(source: str) -> WitnessMatching:
-        return WitnessMatching(features(), process, 25, features().requires_grad_(False), source).to(device)
-
     torch.manual_seed(0)
     objectives = {"flow matching": FlowMatching(VelocityNet(**network).to(device), process, 25).to(device)}
-    objectives |= {f"witness matching, {source}": matching(source) for source in ("running", "ema", "batch")}
+    objectives |= {
+        f"witness matching, {source}": witness_matching(device, network, source)
+        for source in ("running", "ema", "batch")
+    }
     kernels = {
         "dmmd, linear": {},
         "dmmd, gaussian": {"kernel": "gaussian"},
@@ -206,12 +215,10 @@ def representation_costs(
     for name, (network, levels, pairs_per_level) in representations.items():
         shape = (network["in_channels"], network["sample_size"], network["sample_size"])
         batch = random_batch(levels, pairs_per_level, shape, 25, device)
-        torch.manual_seed(0)
-        net, averaged = (FeatureNet(num_features=64, **network).to(device) for _ in range(2))
-        objective = WitnessMatching(net, LinearInterpolant(), 25, averaged.requires_grad_(False), "running").to(device)
+        objective = witness_matching(device, network)
         step = training_step(objective, batch, False)
         steps[name] = lambda step=step: [step() for _ in range(4)]  # running means are refreshed at every fourth step
-        pairs[name], sizes[name] = levels * pairs_per_level, sum(p.numel() for p in net.parameters())
+        pairs[name], sizes[name] = levels * pairs_per_level, sum(p.numel() for p in objective.feature_net.parameters())
     costs = measure(steps, device, repeats)
     return {
         name: {

@@ -67,7 +67,7 @@ def test_a_step_on_pixels_costs_a_pair_what_it_costs():
     """Small U-Nets: counted by the pair, so that a large step and a small one compare."""
     large = TINY | {"sample_size": 32, "patch_size": 1}
     networks = {"latents": (TINY, 2, 4), "pixels": (large, 1, 2), "pixels, more": (large, 1, 8)}
-    costs = representation_costs(torch.device("cpu"), networks)
+    costs = representation_costs(torch.device("cpu"), networks, repeats=5)
     assert [cost["pairs"] for cost in costs.values()] == [8, 2, 8]
     assert costs["pixels"]["seconds_per_pair"] > 3 * costs["latents"]["seconds_per_pair"]
     assert 0.2 < costs["pixels, more"]["seconds_per_pair"] / costs["pixels"]["seconds_per_pair"] < 1.5

@@ -100,6 +100,7 @@ def test_own_samples_are_moved_by_the_witness_against_loops(teacher, small_gener
 
 def test_the_witness_moves_samples_towards_the_data(teacher):
     embeddings, process = teacher.mean_embeddings, LinearInterpolant()
+    torch.manual_seed(0)
     x, eps = torch.randn(16, 4, 16, 16), torch.randn(16, 4, 16, 16)
     k, t = 1, embeddings.levels[1]
     phi = teacher.feature_net(process.sample(x + 0.5, t.expand(16), eps), t).detach()
