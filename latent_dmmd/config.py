@@ -165,7 +165,7 @@ class ObjectiveConfig:
     gradient_center: float = 1.0
     feature_weight: float = 1e-3
     mean_embeddings: MeanEmbeddingSource = "running"
-    segment: Segment = "whole"
+    segment: Segment = "level"
     momentum: float = 0.97
     refresh_every: int = 4
     teacher: str | None = None

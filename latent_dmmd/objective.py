@@ -310,7 +310,7 @@ class WitnessMatching(Objective):
         refresh_every: int = 4,
         discrepancy: Discrepancy | None = None,
         num_points: int = 128,
-        segment: Segment = "whole",
+        segment: Segment = "level",
         num_classes: int = 0,
     ) -> None:
         super().__init__(feature_net, process, num_noise_levels, discrepancy)

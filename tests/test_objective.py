@@ -109,7 +109,7 @@ def test_identity_with_flow_matching():
 def test_both_objectives_have_the_gradient_of_the_identity():
     """The zero-centred penalty on the normalised witness and witness matching: same gradient in θ over a grid of u."""
     net, batch = TinyNet(), make_batch(levels=(2,), pairs=3)
-    objective = WitnessMatching(net, LinearInterpolant(), 4, mean_embeddings="batch")
+    objective = WitnessMatching(net, LinearInterpolant(), 4, mean_embeddings="batch", segment="whole")
     nodes, weights = np.polynomial.legendre.leggauss(20)
     total = 0.0
     for node, weight in zip((nodes + 1) / 2, weights / 2):
@@ -186,7 +186,14 @@ def test_witness_matching_of_any_witness_against_loops(discrepancy, source):
     """One level with as many points as pairs: all three sources are the batch, but for what is differentiated."""
     net, batch = TinyNet(), make_batch(levels=(2,))
     objective = WitnessMatching(
-        net, LinearInterpolant(), 4, TinyNet(), mean_embeddings=source, discrepancy=discrepancy, num_points=4
+        net,
+        LinearInterpolant(),
+        4,
+        TinyNet(),
+        mean_embeddings=source,
+        discrepancy=discrepancy,
+        num_points=4,
+        segment="whole",
     )
     terms = objective(batch)
     t, x_0 = torch.tensor(0.75), batch.x_0[0]
