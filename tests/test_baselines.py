@@ -60,7 +60,9 @@ def test_shape_round_trip_and_same_backbone(tmp_path):
     assert v.shape == x.shape
     torch.testing.assert_close(net(x[1:2], t[1:2]), v[1:2])
     net.save_pretrained(tmp_path)
-    assert torch.equal(VelocityNet.from_pretrained(tmp_path)(x, t), v)
+    loaded = VelocityNet.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), net.parameters(), strict=True))
+    torch.testing.assert_close(loaded(x, t), v)  # not bit for bit: kernels depend on where tensors lie in memory
     shapes = {name: p.shape for name, p in FeatureNet(num_features=8, **SIZES).named_parameters()}
     ours = {name: p.shape for name, p in net.named_parameters()}
     assert ours == {name: shape for name, shape in shapes.items() if name.split(".")[0] not in ("lift", "gate")}
