@@ -115,13 +115,16 @@ def training_step(objective: Objective, batch: Batch, mixed_precision: bool) -> 
     return step
 
 
+def features(device: torch.device, network: dict) -> FeatureNet:
+    """A new φ of 64 features, the same at every call."""
+    torch.manual_seed(0)
+    return FeatureNet(num_features=64, **network).to(device)
+
+
 def witness_matching(device: torch.device, network: dict, source: str = "running") -> WitnessMatching:
-    """The default objective on a new φ of 64 features and its average."""
-    nets = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        nets.append(FeatureNet(num_features=64, **network).to(device))
-    return WitnessMatching(nets[0], LinearInterpolant(), 25, nets[1].requires_grad_(False), source).to(device)
+    """The default objective on a new φ and its average."""
+    averaged = features(device, network).requires_grad_(False)
+    return WitnessMatching(features(device, network), LinearInterpolant(), 25, averaged, source).to(device)
 
 
 def objective_costs(
@@ -145,10 +148,6 @@ def objective_costs(
     shape = (network["in_channels"], network["sample_size"], network["sample_size"])
     batch, process = random_batch(levels_per_step, pairs_per_level, shape, 25, device), LinearInterpolant()
 
-    def features() -> FeatureNet:
-        torch.manual_seed(0)
-        return FeatureNet(num_features=64, **network).to(device)
-
     torch.manual_seed(0)
     objectives = {"flow matching": FlowMatching(VelocityNet(**network).to(device), process, 25).to(device)}
     objectives |= {
@@ -161,7 +160,8 @@ def objective_costs(
         "dmmd, kale": {"name": "kale"},
     }
     for name, options in kernels.items():
-        objectives[name] = DMMD(features(), process, 25, discrepancy=get_discrepancy(**options)).to(device)
+        phi, discrepancy = features(device, network), get_discrepancy(**options)
+        objectives[name] = DMMD(phi, process, 25, discrepancy=discrepancy).to(device)
     steps = {name: training_step(objective, batch, mixed_precision) for name, objective in objectives.items()}
     # running means are refreshed at every fourth step: time four at once
     running = steps["witness matching, running"]
