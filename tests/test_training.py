@@ -61,6 +61,7 @@ def test_run_folder(arguments, tmp_path, objective):
         (["--objective.discrepancy", "kale", "--objective.mean_embeddings", "ema"], "kale"),
         (["--objective.forward_process", "blur", "--objective.segment", "level"], "mmd"),
         (["--objective.forward_process", "vp-cosine"], "mmd"),
+        (["--objective.forward_process", "vp-linear", "--objective.segment", "whole"], "mmd"),
     ],
     ids=lambda value: " ".join(value[1::2])[-40:] if isinstance(value, list) else value,
 )
