@@ -25,9 +25,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from latent_dmmd.checkpoints import checkpoint_to_resume, load_checkpoint, pass_over_incomplete, save_checkpoint
-from latent_dmmd.config import check, save_config
+from latent_dmmd.config import save_config
 from latent_dmmd.evaluation import block_maps
 from latent_dmmd.training import MetricsFile, check_finite, learning_rate_at, prepare_run_folder
+from latent_dmmd.utils.errors import check
+from latent_dmmd.utils.process import own_accelerator
 
 
 @dataclass
@@ -157,10 +159,10 @@ class PatchDiscriminator(nn.Sequential):
 def random_crops(images_uint8: Tensor, batch_size: int, crop_size: int, generator: torch.Generator) -> Tensor:
     """Random crops, flipped at random, as pixels in [-1, 1] with shape (batch_size, 3, crop_size, crop_size)."""
     n, _, height, width = images_uint8.shape
-    index = torch.randint(n, (batch_size,), generator=generator)
-    top = torch.randint(height - crop_size + 1, (batch_size,), generator=generator)
-    left = torch.randint(width - crop_size + 1, (batch_size,), generator=generator)
-    flips = torch.rand(batch_size, 2, generator=generator) < 0.5
+    index = torch.randint(n, (batch_size,), generator=generator, device="cpu")
+    top = torch.randint(height - crop_size + 1, (batch_size,), generator=generator, device="cpu")
+    left = torch.randint(width - crop_size + 1, (batch_size,), generator=generator, device="cpu")
+    flips = torch.rand(batch_size, 2, generator=generator, device="cpu") < 0.5
     crops = []
     for i, y, x, flip in zip(index.tolist(), top.tolist(), left.tolist(), flips.tolist()):
         crop = images_uint8[i, :, y : y + crop_size, x : x + crop_size]
@@ -181,7 +183,12 @@ def train_autoencoder(images_uint8: Tensor, config: AutoencoderTrainingConfig) -
     Raises:
         FloatingPointError: When the loss is not finite; the last checkpoint stays.
     """
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    with own_accelerator(config.mixed_precision) as accelerator:
+        return train_autoencoder_with(images_uint8, config, accelerator)
+
+
+def train_autoencoder_with(images_uint8: Tensor, config: AutoencoderTrainingConfig, accelerator: Accelerator) -> Path:
+    """`train_autoencoder` on the devices and in the precision of an Accelerator."""
     output_dir = prepare_run_folder(config)
     save_config(config, output_dir / "config.yaml")
     set_seed(config.seed)
@@ -213,8 +220,8 @@ def train_autoencoder(images_uint8: Tensor, config: AutoencoderTrainingConfig) -
         with accelerator.autocast():
             latents = vae.encode(pixels).latent
             std = latents.detach().float().std((0, 2, 3), keepdim=True)
-            level = config.latent_noise * torch.rand(len(pixels), 1, 1, 1, generator=generator)
-            noise = torch.randn(latents.shape, generator=generator)
+            level = config.latent_noise * torch.rand(len(pixels), 1, 1, 1, generator=generator, device="cpu")
+            noise = torch.randn(latents.shape, generator=generator, device="cpu")
             reconstruction = vae.decode(latents + (level * noise).to(std.device) * std).sample
             maps, pooled = perceptual(reconstruction, pixels)
         terms = {

@@ -152,7 +152,7 @@ class MMDGAN(DMMD):
 
     def forward(self, batch: Batch) -> Terms:
         x_0, eps, u = (rearrange(a, "l b ... -> 1 (l b) ...") for a in (batch.x_0, batch.eps, batch.u))
-        generated = eps - self.generator(eps[0], torch.ones(()).to(eps))
+        generated = eps - self.generator(eps[0], eps.new_ones(()))
         batch = Batch(x_0, torch.zeros(1, dtype=torch.long, device=x_0.device), eps, u)
         x_g = generated.detach().requires_grad_()
         phi_0, phi_g = self.both_features(batch, x_g)
@@ -166,7 +166,7 @@ class MMDGAN(DMMD):
 
     def features(self, batch: Batch, x: Tensor, net: nn.Module | None = None) -> Tensor:
         """φ at noise level 0, whatever the batch's: (1, B, C, H, W) to (1, B, F)."""
-        return (net or self.feature_net)(x.flatten(0, 1), torch.zeros(()).to(x)).unflatten(0, x.shape[:2])
+        return (net or self.feature_net)(x.flatten(0, 1), x.new_zeros(())).unflatten(0, x.shape[:2])
 
 
 class GaussianFit:
@@ -184,7 +184,8 @@ class GaussianFit:
 
     def draw(self, num_particles: int, generator: torch.Generator) -> Tensor:
         """Draws in float32, with shape (num_particles, C, H, W)."""
-        z = torch.randn(num_particles, len(self.factor), generator=generator, dtype=torch.float64)
+        shape = (num_particles, len(self.factor))
+        z = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(self.factor)
         return (self.mean + z @ self.factor).float().unflatten(1, self.shape)
 
 
@@ -197,6 +198,6 @@ def euler(
     `callback` sees the particles after every step.
     """
     for n in range(num_steps, 0, -1):
-        z = z - velocity_net(z, torch.tensor(n / num_steps).to(z)) / num_steps
+        z = z - velocity_net(z, torch.tensor(n / num_steps, device=z.device).to(z)) / num_steps
         callback(z)
     return z

@@ -20,8 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from latent_dmmd.data import DataError, OnBadImage, Pictures, write_aside
+from latent_dmmd.data import OnBadImage, Pictures, write_aside
 from latent_dmmd.latents import Autoencoder, autoencoder_hash, encode_moments, standardise, to_pixels
+from latent_dmmd.utils.errors import DataError
+from latent_dmmd.utils.process import kept_state
 
 CACHE_FORMAT = 2
 SKIP_HINT = "pass --data.on_bad_image skip to leave out pictures that cannot be read"
@@ -38,14 +40,14 @@ class Particles:
     def random_pictures(self, count: int, generator: torch.Generator, label: int | None) -> Tensor:
         """Indices of random pictures, of one class or of any if None."""
         if label is None:
-            return torch.randint(len(self), (count,), generator=generator)
+            return torch.randint(len(self), (count,), generator=generator, device="cpu")
         members = self.members[label]
-        return members[torch.randint(len(members), (count,), generator=generator)]
+        return members[torch.randint(len(members), (count,), generator=generator, device="cpu")]
 
     def draw_with_noise(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Clean particles and standard normal noise, each with shape (count, C, h, w)."""
         x_0 = self.draw(count, generator)
-        return x_0, torch.randn(x_0.shape, generator=generator)
+        return x_0, torch.randn(x_0.shape, generator=generator, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class LatentCache(Particles):
     @cached_property
     def starts(self) -> Tensor:
         """Index of the first picture of every shard."""
-        return torch.tensor([0, *itertools.accumulate(len(mean) for mean, _ in self.shards[:-1])])
+        lengths = (len(mean) for mean, _ in self.shards[:-1])
+        return torch.tensor([0, *itertools.accumulate(lengths)], device="cpu")
 
     @property
     def mean(self) -> Tensor:
@@ -93,13 +96,13 @@ class LatentCache(Particles):
         (batch_size, C, h, w)."""
         num_orientations = self.shards[0][0].shape[1]
         index = self.random_pictures(batch_size, generator, label)
-        orientation = torch.randint(num_orientations, (batch_size,), generator=generator).tolist()
+        orientation = torch.randint(num_orientations, (batch_size,), generator=generator, device="cpu").tolist()
         which = torch.bucketize(index, self.starts, right=True) - 1
         rows = list(zip(which.tolist(), (index - self.starts[which]).tolist(), orientation))
         latents = torch.stack([self.shards[s][0][i, o] for s, i, o in rows])
         if self.shards[0][1] is not None:
             std = torch.stack([self.shards[s][1][i, o] for s, i, o in rows])
-            latents = latents + std * torch.randn(latents.shape, generator=generator)
+            latents = latents + std * torch.randn(latents.shape, generator=generator, device="cpu")
         return standardise(latents, self.channel_mean, self.channel_std)
 
 
@@ -129,7 +132,7 @@ class PixelCache(Particles):
     def draw(self, batch_size: int, generator: torch.Generator, label: int | None = None) -> Tensor:
         """Standardised random pictures, of one class or of any if None, with shape (batch_size, 3, H, W)."""
         index = self.random_pictures(batch_size, generator, label)
-        flip = torch.rand(batch_size, generator=generator) < 0.5
+        flip = torch.rand(batch_size, generator=generator, device="cpu") < 0.5
         images = self.images_uint8[index]
         if self.horizontal_flip:
             images[flip] = images[flip].flip(-1)
@@ -179,7 +182,8 @@ def num_known(pictures: Pictures) -> int | None:
 
 
 def progress_bar(what: str, total: int | None) -> tqdm:
-    return tqdm(total=total, desc=what, unit="picture", disable=not PartialState().is_main_process)
+    with kept_state():
+        return tqdm(total=total, desc=what, unit="picture", disable=not PartialState().is_main_process)
 
 
 def default_cache_dir() -> Path:
@@ -229,7 +233,7 @@ def cache_latents(
     }
     key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(cache_dir) if cache_dir is not None else default_cache_dir() / key
-    with PartialState().main_process_first():
+    with kept_state(), PartialState().main_process_first():
         check_manifest(folder, manifest)
         build_shards(folder, vae, pictures, horizontal_flip, on_bad_image, batch_size, num_workers, shard_size)
     cache = read_shards(folder, shard_size)
@@ -319,7 +323,8 @@ def encode_shard(
     The metadata hold the names of skipped pictures, and per channel the number, sum and sum of squares of latents.
     """
     device = next(vae.parameters()).device
-    parts, skipped, count, sums = {"mean": [], "std": []}, [], 0, torch.zeros(3, 1, dtype=torch.float64)
+    parts, skipped, count = {"mean": [], "std": []}, [], 0
+    sums = torch.zeros(3, 1, dtype=torch.float64, device="cpu")
     for items in batches:
         good = readable(items, on_bad_image, skipped)
         count += len(items)
@@ -339,7 +344,7 @@ def encode_shard(
         parts["mean"].append(mean)
         parts["std"].append(std)
         square = mean.double().square() + std.double().square()
-        numbers = torch.full((mean.shape[2],), mean[:, :, 0].numel(), dtype=torch.float64)
+        numbers = torch.full((mean.shape[2],), mean[:, :, 0].numel(), dtype=torch.float64, device=mean.device)
         sums = sums + torch.stack([numbers, *(a.double().sum((0, 1, 3, 4)) for a in (mean, square))])
     tensors = {name: torch.cat(tensors) for name, tensors in parts.items() if tensors}
     if tensors and not tensors["std"].any():
@@ -360,7 +365,7 @@ def read_shards(folder: Path, shard_size: int) -> LatentCache:
             skipped += json.loads(metadata["skipped"])
             if tensors:
                 shards.append((tensors["mean"], tensors.get("std")))
-                sums = sums + torch.tensor(json.loads(metadata["sums"]), dtype=torch.float64)
+                sums = sums + torch.tensor(json.loads(metadata["sums"]), dtype=torch.float64, device="cpu")
         except Exception as error:  # safetensors raises its own type for a truncated file
             raise DataError(f"{path} is damaged; delete it to have it encoded again") from error
     if not shards:

@@ -17,8 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from latent_dmmd.config import ConfigError
-from latent_dmmd.data import one_line
+from latent_dmmd.utils.errors import ConfigError, one_line
 
 MANIFEST, AVERAGES = "complete.json", "averages.safetensors"
 

@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache as cached
 from functools import cached_property, partial
@@ -34,7 +35,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -44,7 +44,7 @@ from torch_fidelity import FeatureExtractorBase
 from latent_dmmd.baselines import GaussianFit
 from latent_dmmd.cache import LatentCache, PixelCache
 from latent_dmmd.complexity import measure
-from latent_dmmd.config import ONE_STEP, Config, ConfigError, check, parse_config, save_config
+from latent_dmmd.config import ONE_STEP, Config, parse_config, save_config
 from latent_dmmd.data import load_pictures, write_aside
 from latent_dmmd.evaluation import (
     EXTRACTORS,
@@ -64,10 +64,10 @@ from latent_dmmd.training import (
     Trainer,
     load_particles,
     probe_latents,
-    resolved_precision,
     train,
-    use_all_cores,
 )
+from latent_dmmd.utils.errors import ConfigError, check
+from latent_dmmd.utils.process import default_device, own_accelerator
 
 GAUSSIAN = "gaussian"
 NUM_SHOWN = 32
@@ -319,9 +319,9 @@ class Comparison:
                 CheckedPictures(load_pictures(name, config.data.resolution), name)
                 for name in (config.data.name_or_path, self.config.reference)
             )
-            order = torch.randperm(len(training), generator=torch.Generator().manual_seed(0)).tolist()
+            order = torch.randperm(len(training), generator=torch.Generator().manual_seed(0), device="cpu").tolist()
             some = Subset(training, order[: self.config.num_images])
-            vae = load_autoencoder(config.autoencoder.name_or_path)
+            vae = load_autoencoder(config.autoencoder.name_or_path, default_device())
             sets = {
                 "training": training,
                 "reference": reference,
@@ -382,7 +382,7 @@ class Comparison:
                 seconds = self.seconds_per_picture(label, nfe, speed)
                 scores = self.scores(paths, real)
                 rows.append({"label": label, "nfe": nfe, "seconds_per_picture": seconds, **scores})
-        order = torch.randperm(len(real["training"]), generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(len(real["training"]), generator=torch.Generator().manual_seed(0), device="cpu")
         n, m = config.num_images, len(real["reference"])
         half = len(order) // 2
         floor = real["training"][order[: min(n, half)]], real["training"][order[-min(m, half) :]]
@@ -520,7 +520,7 @@ def sampling_costs(
 
 def machine() -> dict:
     """What the figures were measured on."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    gpu = torch.cuda.get_device_name() if default_device().type == "cuda" else None
     return {"gpu": gpu, "threads": torch.get_num_threads(), "torch": torch.__version__, "system": platform.system()}
 
 
@@ -545,34 +545,39 @@ def end_with_parent(parent: int) -> None:
 def train_and_measure(config: Config) -> float:
     """Train; the peak memory in MB: of the GPU, or of this process."""
     train(config)
-    if torch.cuda.is_available():
+    if default_device().type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform != "darwin" else 2**20)
 
 
 def step_costs(configs: dict[str, Config], repeats: int = 5) -> dict[str, dict]:
-    """Seconds and parameters of a training step of each configuration, on particles that are noise, taking turns."""
-    tasks, sizes = {}, {}
-    for name, config in configs.items():
-        accelerator = Accelerator(mixed_precision=resolved_precision(config.training.mixed_precision))
-        use_all_cores()
-        side, generator = config.data.resolution, torch.Generator().manual_seed(0)
-        if config.autoencoder.name_or_path:
-            vae = load_autoencoder(config.autoencoder.name_or_path, accelerator.device)
-            z = torch.randn(64, 1, *probe_latents(vae, side).shape[1:], generator=generator)
-            cache = LatentCache(((z, None),), torch.zeros(z.shape[2]), torch.ones(z.shape[2]))
-        else:
-            pictures = torch.randint(256, (64, 3, side, side), dtype=torch.uint8, generator=generator)
-            cache = PixelCache(pictures, config.data.horizontal_flip, torch.zeros(3), torch.ones(3))
-        trainer = Trainer(config, tuple(cache.draw(1, generator).shape[1:]), accelerator)
-        sizes[name] = sum(p.numel() for p in trainer.network.parameters())
+    """Seconds and parameters of a training step of each configuration, on particles that are noise, taking turns.
 
-        def task(trainer: Trainer = trainer, cache: LatentCache | PixelCache = cache) -> None:
-            for step in range(CALIBRATION_STEPS):
-                trainer.step(step, cache)
+    Raises ConfigError if the configurations have several precisions, which one process cannot have at a time.
+    """
+    with ExitStack() as stack:
+        tasks, sizes = {}, {}
+        for name, config in configs.items():
+            accelerator = stack.enter_context(own_accelerator(config.training.mixed_precision))
+            side, generator = config.data.resolution, torch.Generator().manual_seed(0)
+            if config.autoencoder.name_or_path:
+                vae = load_autoencoder(config.autoencoder.name_or_path, accelerator.device)
+                z = torch.randn(64, 1, *probe_latents(vae, side).shape[1:], generator=generator, device="cpu")
+                cache = LatentCache(((z, None),), z.new_zeros(z.shape[2]), z.new_ones(z.shape[2]))
+            else:
+                shape = (64, 3, side, side)
+                pictures = torch.randint(256, shape, dtype=torch.uint8, generator=generator, device="cpu")
+                zeros, ones = torch.zeros(3, device="cpu"), torch.ones(3, device="cpu")
+                cache = PixelCache(pictures, config.data.horizontal_flip, zeros, ones)
+            trainer = Trainer(config, tuple(cache.draw(1, generator).shape[1:]), accelerator)
+            sizes[name] = sum(p.numel() for p in trainer.network.parameters())
 
-        tasks[name] = task
-    costs = measure(tasks, accelerator.device, repeats)
+            def task(trainer: Trainer = trainer, cache: LatentCache | PixelCache = cache) -> None:
+                for step in range(CALIBRATION_STEPS):
+                    trainer.step(step, cache)
+
+            tasks[name] = task
+        costs = measure(tasks, accelerator.device, repeats)
     return {
         name: {"seconds": costs[name].seconds / CALIBRATION_STEPS, "num_parameters": sizes[name]} for name in configs
     }

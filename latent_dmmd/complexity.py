@@ -24,7 +24,7 @@ from latent_dmmd.baselines import FlowMatching, VelocityNet
 from latent_dmmd.discrepancy import get_discrepancy
 from latent_dmmd.features import FeatureNet, MeanEmbeddings
 from latent_dmmd.flow import flow_schedule, gradient_flow, witness_gradient
-from latent_dmmd.forward import LinearInterpolant
+from latent_dmmd.forward import LinearInterpolant, noise_levels
 from latent_dmmd.latents import BUNDLED_AUTOENCODER, decode_pixels, load_autoencoder
 from latent_dmmd.objective import DMMD, Batch, Objective, WitnessMatching
 
@@ -95,9 +95,10 @@ def fitted_exponent(sizes: list[int], values: list[float], last: int = 3) -> flo
 def random_batch(levels: int, pairs: int, shape: tuple[int, int, int], grid: int, device: torch.device) -> Batch:
     """Standard normal particles in place of latents; costs do not depend on values."""
     generator = torch.Generator().manual_seed(0)
-    x_0, eps = (torch.randn(levels, pairs, *shape, generator=generator).to(device) for _ in range(2))
+    how = dict(generator=generator, device="cpu")
+    x_0, eps = (torch.randn(levels, pairs, *shape, **how).to(device) for _ in range(2))
     level = torch.arange(levels, device=device) * grid // levels
-    return Batch(x_0, level, eps, torch.rand(levels, pairs, generator=generator).to(device))
+    return Batch(x_0, level, eps, torch.rand(levels, pairs, **how).to(device))
 
 
 def training_step(objective: Objective, batch: Batch, mixed_precision: bool) -> Callable[[], None]:
@@ -259,7 +260,7 @@ def random_embeddings(num_points: int, kernel: str, device: torch.device) -> Mea
     torch.manual_seed(0)
     options = {} if kernel == "linear" else {"kernel": kernel, "bandwidth": 10.0}
     embeddings = MeanEmbeddings(25, 64, num_points, discrepancy=options)
-    embeddings.levels.copy_(torch.arange(1, 26) / 25)
+    embeddings.levels.copy_(noise_levels(25))
     for buffer in (embeddings.clean, embeddings.noisy):
         buffer.normal_()
     embeddings.gradient_scale.fill_(1e-3)
@@ -353,12 +354,10 @@ def complexity_report(
 
 def plot_complexity(report: dict, path: str | Path) -> None:
     """Five panels: training seconds and memory against B, sampling against N_p and resolution, objectives."""
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot, whose backend is the caller's
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 5, figsize=(20, 3.8), layout="constrained")
+    figure = Figure(figsize=(20, 3.8), layout="constrained")
+    axes = figure.subplots(1, 5)
     for axis, part, values, title, label in (
         (axes[0], "training", "seconds", "training step", "pairs B"),
         (axes[1], "training", "peak_mb", "training step, peak memory", "pairs B"),
@@ -389,4 +388,3 @@ def plot_complexity(report: dict, path: str | Path) -> None:
     for axis in axes[:4]:
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
-    plt.close(figure)

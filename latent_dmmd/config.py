@@ -18,17 +18,9 @@ from latent_dmmd.flow import Sampler
 from latent_dmmd.forward import FORWARD_PROCESSES
 from latent_dmmd.latents import BUNDLED_AUTOENCODER
 from latent_dmmd.objective import MeanEmbeddingSource, Segment
+from latent_dmmd.utils.errors import ConfigError, check
 
 ONE_STEP = ("mmd-gan", "one-step")  # objectives whose networks generate in one step
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be right; the message is one line that says what to change."""
-
-
-def check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
 
 
 @dataclass

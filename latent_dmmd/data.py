@@ -19,19 +19,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from latent_dmmd.utils.errors import DataError, one_line
+
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 OnBadImage = Literal["error", "skip"]
 Table = datasets.Dataset | datasets.IterableDataset
 SKIP_HINT = "pass --data.on_bad_image skip to leave out pictures that cannot be read"
-
-
-class DataError(ValueError):
-    """Something about the data that the user can mend; the message is one line."""
-
-
-def one_line(error: Exception) -> str:
-    """What a library says about an error, without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def read_picture(source: str | Path | bytes, resolution: int, name: str | None = None) -> Tensor:
@@ -130,11 +123,11 @@ class PictureDataset(Dataset):
         names = sorted(set(kept))
         if len(names) < 2:
             raise DataError(f"all pictures are of one class, {names[0]}")
-        return names, torch.tensor([names.index(c) for c in kept])
+        return names, torch.tensor([names.index(c) for c in kept], device="cpu")
 
     def examples(self, count: int, seed: int, skipped: tuple[str, ...] = ()) -> Tensor:
         """Random pictures, none of the skipped, with shape (count, 3, R, R)."""
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
         readable = (i for i in order if self.names[i] not in skipped)
         return torch.stack([self[i] for i in islice(readable, count)])
 

@@ -77,7 +77,7 @@ class Diagnosis:
         self.noised, self.data = x_0[: len(x_0) // 2 * 2].to(device).chunk(2)
         self.generator = torch.Generator().manual_seed(seed)
         shape = self.noised.shape
-        self.z, self.eps = (torch.randn(shape, generator=self.generator).to(device) for _ in range(2))
+        self.z, self.eps = (torch.randn(shape, generator=self.generator, device="cpu").to(device) for _ in range(2))
         self.gauge_levels = torch.linspace(0, 1, NUM_GAUGE_LEVELS, device=device)
         self.reference = cache(self.measure_reference)
 
@@ -187,10 +187,7 @@ def save_diagnosis(flows: dict[str, list[Stop]], settings: dict, folder: str | P
 
 def plot_diagnosis(flows: dict[str, list[Stop]], path: str | Path) -> None:
     """Five panels over the noise level: a line for each flow, and a dashed one for the forward process."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, whose backend is the caller's
 
     panels = (
         ("mmd2_to_forward", None, "MMD² to the forward process, on φ"),
@@ -199,7 +196,8 @@ def plot_diagnosis(flows: dict[str, list[Stop]], path: str | Path) -> None:
         ("std", "forward_std", "standard deviation"),
         ("gradient_norm", "forward_gradient_norm", "predicted displacement"),
     )
-    figure, axes = plt.subplots(1, len(panels), figsize=(20, 3.8), layout="constrained")
+    figure = Figure(figsize=(20, 3.8), layout="constrained")
+    axes = figure.subplots(1, len(panels))
     for axis, (field, reference, title) in zip(axes, panels):
         for name, stops in flows.items():
             axis.plot([s.t for s in stops], [getattr(s, field) for s in stops], ".-", label=name)
@@ -213,4 +211,3 @@ def plot_diagnosis(flows: dict[str, list[Stop]], path: str | Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=100)
-    plt.close(figure)

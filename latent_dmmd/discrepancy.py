@@ -219,7 +219,7 @@ def kale_dual(x: Tensor, y: Tensor, kernel: Kernel, lam: float, max_iterations: 
     gram, mean = kernel(y, y) / m, kernel(y, x).mean(-1)
     with torch.no_grad():
         k, c = gram.double(), mean.double()
-        identity, h = torch.eye(m).to(k), torch.zeros_like(c)
+        identity, h = torch.eye(m, dtype=k.dtype, device=k.device), torch.zeros_like(c)
         for _ in range(max_iterations):
             residual = h + ((k @ h.exp()[..., None]).squeeze(-1) - c) / lam
             jacobian = identity + k * h.exp()[..., None, :] / lam

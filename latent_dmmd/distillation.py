@@ -58,7 +58,7 @@ class PairCache(Particles):
 
     def draw_with_noise(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Random pairs: the moved particles and the noise they were, each with shape (count, C, h, w)."""
-        index = torch.randint(len(self), (count,), generator=generator)
+        index = torch.randint(len(self), (count,), generator=generator, device="cpu")
         return self.moved[index], self.noise[index]
 
 
@@ -87,7 +87,7 @@ def make_pairs(teacher: LatentDMMDPipeline, folder: Path, num_pairs: int, seed: 
             write_aside(path, partial(save_file, tensors))
         shards.append(load_file(path))
     noise, moved = (torch.cat([shard[name] for shard in shards]) for name in ("noise", "moved"))
-    mean, std = (torch.tensor(teacher.config[name]) for name in ("latents_mean", "latents_std"))
+    mean, std = (torch.tensor(teacher.config[name], device="cpu") for name in ("latents_mean", "latents_std"))
     return PairCache(noise, moved, mean, std)
 
 
@@ -122,7 +122,7 @@ class OneStep(Objective):
 
     def forward(self, batch: Batch) -> Terms:
         moved, eps = batch.x_0.flatten(0, 1), batch.eps.flatten(0, 1)
-        generated = eps - self.feature_net(eps, torch.ones(()).to(eps))
+        generated = eps - self.feature_net(eps, eps.new_ones(()))
         error = (generated - moved).square().mean()
         if self.teacher is None:
             return Terms(error, {"distillation": error.detach()})

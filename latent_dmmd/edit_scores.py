@@ -65,21 +65,23 @@ def perceptual_distance(net: nn.Module, x: Tensor, y: Tensor, mask: Tensor) -> T
         x, y: The pictures.
         mask: 1 where they are compared.
     """
-    total = torch.zeros(len(x))
+    device = next(net.parameters()).device
+    x, y, mask = (a.to(device) for a in (x, y, mask))
+    total = torch.zeros(len(x), device=device)
     for a, b in zip(feature_maps(net, x), feature_maps(net, y)):
         weights = F.interpolate(mask.float(), a.shape[-2:], mode="area")
         distance = (a - b).square().sum(1, keepdim=True)
-        total += ((distance * weights).flatten(1).sum(1) / weights.flatten(1).sum(1)).cpu()
-    return total
+        total += (distance * weights).flatten(1).sum(1) / weights.flatten(1).sum(1)
+    return total.cpu()
 
 
 def random_boxes(count: int, side: int, generator: torch.Generator) -> Tensor:
     """Masks with shape (count, 1, side, side): 1 in a box of a quarter to a half of the side, anywhere."""
-    masks = torch.zeros(count, 1, side, side)
+    masks = torch.zeros(count, 1, side, side, device="cpu")
+    how = dict(generator=generator, device="cpu")
     for mask in masks:
-        height, width = (int(n) for n in torch.randint(side // 4, side // 2 + 1, (2,), generator=generator))
-        top = int(torch.randint(side - height + 1, (), generator=generator))
-        left = int(torch.randint(side - width + 1, (), generator=generator))
+        height, width = torch.randint(side // 4, side // 2 + 1, (2,), **how).tolist()
+        top, left = (int(torch.randint(side - length + 1, (), **how)) for length in (height, width))
         mask[:, top : top + height, left : left + width] = 1
     return masks
 
@@ -120,7 +122,7 @@ class EditComparison:
             grey = torch.full_like(images_uint8, 128)
             self.given = torch.where(self.mask > 0, grey, images_uint8)
         else:
-            self.mask = torch.ones(count, 1, side, side)
+            self.mask = torch.ones(count, 1, side, side, device="cpu")
             self.given = to_uint8(resized(to_pixels(images_uint8), side // scale))
         self.net = load_extractor().net
 

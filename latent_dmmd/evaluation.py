@@ -49,6 +49,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from_dataset
 
 from latent_dmmd.latents import Autoencoder, reconstruct
+from latent_dmmd.utils.process import default_device
 
 NUM_NEIGHBOURS = 3
 NUM_KID_SUBSETS = 100
@@ -133,7 +134,7 @@ class EfficientNetLite0Extractor(FeatureExtractorBase):
 
     @staticmethod
     def get_dummy_input_for_compile() -> Tensor:
-        return torch.zeros(1, 3, 224, 224, dtype=torch.uint8)
+        return torch.zeros(1, 3, 224, 224, dtype=torch.uint8, device="cpu")
 
 
 def block_maps(net: torch.nn.Module, pixels: Tensor, layers: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
@@ -268,7 +269,7 @@ def load_extractor(
         return create_feature_extractor(
             space.registered_name,
             [space.features, space.logits],
-            cuda=torch.cuda.is_available(),
+            cuda=default_device().type == "cuda",
             feature_extractor_weights_path=inception_weights,
             verbose=False,
         )
@@ -413,8 +414,8 @@ class LinearClassifier:
     def __init__(self, features: Tensor, labels: Tensor, weight_decay: float = 0.1) -> None:
         self.mean, self.std = features.mean(0), features.std(0).clamp(min=1e-6)
         x, num_classes = (features - self.mean) / self.std, int(labels.max()) + 1
-        self.weight = torch.zeros(num_classes, x.shape[1], requires_grad=True)
-        self.bias = torch.zeros(num_classes, requires_grad=True)
+        self.weight = torch.zeros(num_classes, x.shape[1], device=x.device, requires_grad=True)
+        self.bias = torch.zeros(num_classes, device=x.device, requires_grad=True)
         optimizer = torch.optim.LBFGS([self.weight, self.bias], max_iter=200, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:
@@ -450,7 +451,7 @@ def class_agreement(names: list[str], asked: Tensor, found: Tensor) -> dict[str,
     if {len(w) for w in words} == {len(words[0])} and len(words[0]) > 1:
         for column in zip(*words):
             kinds = sorted(set(column))
-            of = torch.tensor([kinds.index(word) for word in column])
+            of = torch.tensor([kinds.index(word) for word in column], device=found.device)
             each = [(of[found[asked == i]] == of[i]).double().mean() for i in range(len(names))]
             result[" or ".join(kinds)] = torch.stack(each).mean().item()
     return result
@@ -512,7 +513,8 @@ def evaluate(
     features_real, _ = extract_features(reference, net, batch_size)
 
     n_floor = (min(n_generated, len(pool) // 2), min(n_reference, len(pool) // 2))
-    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[: sum(n_floor)]
+    draw = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(pool), generator=draw, device="cpu")[: sum(n_floor)]
     if floor_pictures is None:
         features_floor = features_real[order]
     else:

@@ -101,7 +101,7 @@ def save_film(frames: Tensor, folder: str | Path, num_columns: int = 9, side: in
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    shown = torch.linspace(0, len(frames) - 1, min(num_columns, len(frames))).round().long()
+    shown = torch.linspace(0, len(frames) - 1, min(num_columns, len(frames)), device="cpu").round().long()
     numbers = ", ".join(str(i) for i in shown.tolist())
     rows = {f"picture {i}, frames {numbers}": frames[shown, i] for i in range(frames.shape[1])}
     labelled_grid(rows, columns=len(shown), side=side).save(folder / "strip.png")

@@ -150,7 +150,8 @@ def flow_schedule(
                 continue
             scale, fraction = process.step_coefficients(t, here, there)
             if exact and not rescale:
-                at_t, at_here = process.displacement(torch.tensor([t, here], dtype=torch.float64)).tolist()
+                both = torch.tensor([t, here], dtype=torch.float64, device="cpu")
+                at_t, at_here = process.displacement(both).tolist()
                 fraction *= at_t / at_here
             steps.append(FlowStep(level, embeddings.gradient_scale[level].item() * fraction, exact, scale, there))
     return steps

@@ -43,7 +43,8 @@ class ForwardProcess:
         The difference x_t − x_0 belongs to level t, whose witness is in use. In general the particle goes straight
         towards x_0, in proportion to the displacement: a = 1, b = (d(start) − d(end)) / d(t).
         """
-        d_t, d_start, d_end = self.displacement(torch.tensor([t, start, end], dtype=torch.float64)).tolist()
+        times = torch.tensor([t, start, end], dtype=torch.float64, device="cpu")
+        d_t, d_start, d_end = self.displacement(times).tolist()
         return 1.0, (d_start - d_end) / d_t
 
 
@@ -74,7 +75,7 @@ class GaussianProcess(ForwardProcess):
         For the linear interpolant a = 1 and b = (s − e) / t, a plain gradient step. A variance-preserving process
         changes scale as well, and a particle that only went straight towards x_0 would be too small on the way.
         """
-        times = torch.tensor([t, start, end], dtype=torch.float64)
+        times = torch.tensor([t, start, end], dtype=torch.float64, device="cpu")
         (alpha, alpha_s, alpha_e), (sigma, sigma_s, sigma_e) = self.alpha(times).tolist(), self.sigma(times).tolist()
         delta = alpha_s * sigma + sigma_s * (1 - alpha)
         return (alpha_e * sigma + sigma_e * (1 - alpha)) / delta, (alpha_e * sigma_s - sigma_e * alpha_s) / delta
@@ -142,8 +143,8 @@ class Blur(ForwardProcess):
 
 def cosine_basis(n: int) -> Tensor:
     """The orthonormal discrete cosine transform (type II) as a matrix (n, n), one frequency a row."""
-    position, frequency = torch.arange(n, dtype=torch.float64) + 0.5, torch.arange(n, dtype=torch.float64)
-    basis = torch.cos(math.pi / n * frequency[:, None] * position) * (2 / n) ** 0.5
+    frequency = torch.arange(n, dtype=torch.float64, device="cpu")
+    basis = torch.cos(math.pi / n * frequency[:, None] * (frequency + 0.5)) * (2 / n) ** 0.5
     basis[0] *= 0.5**0.5
     return basis
 
@@ -158,6 +159,6 @@ def get_forward_process(name: str) -> ForwardProcess:
     return FORWARD_PROCESSES[name]()
 
 
-def noise_levels(num_levels: int) -> Tensor:
+def noise_levels(num_levels: int, device: torch.device | str = "cpu") -> Tensor:
     """The uniform grid t_1 < … < t_T = 1, with t_k = k / T and shape (T)."""
-    return torch.arange(1, num_levels + 1) / num_levels
+    return torch.arange(1, num_levels + 1, device=device) / num_levels

@@ -83,13 +83,13 @@ def decode_pixels(vae: Autoencoder, latents: Tensor) -> Tensor:
 
 def standardise(latents: Tensor, mean: Tensor | list[float], std: Tensor | list[float]) -> Tensor:
     """(z − mean) / std per channel; latents (…, C, h, w)."""
-    mean, std = (rearrange(torch.as_tensor(a).to(latents), "c -> c 1 1") for a in (mean, std))
+    mean, std = (rearrange(torch.as_tensor(a, device=latents.device).to(latents), "c -> c 1 1") for a in (mean, std))
     return (latents - mean) / std
 
 
 def unstandardise(latents: Tensor, mean: Tensor | list[float], std: Tensor | list[float]) -> Tensor:
     """z · std + mean per channel; latents (…, C, h, w)."""
-    mean, std = (rearrange(torch.as_tensor(a).to(latents), "c -> c 1 1") for a in (mean, std))
+    mean, std = (rearrange(torch.as_tensor(a, device=latents.device).to(latents), "c -> c 1 1") for a in (mean, std))
     return latents * std + mean
 
 

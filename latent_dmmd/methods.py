@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from latent_dmmd.baselines import DDPM, MMDGAN, FlowMatching, GeneratorAndCritic, VelocityNet
 from latent_dmmd.cache import LatentCache, PixelCache
-from latent_dmmd.config import Config, ConfigError
+from latent_dmmd.config import Config
 from latent_dmmd.data import keyed_generator
 from latent_dmmd.discrepancy import get_discrepancy
 from latent_dmmd.distillation import OneStep, PairCache, begin_with_features, make_pairs
@@ -22,6 +22,7 @@ from latent_dmmd.forward import get_forward_process
 from latent_dmmd.latents import Autoencoder
 from latent_dmmd.objective import DMMD, Objective, RunningEmbeddings, WitnessMatching
 from latent_dmmd.pipeline import LatentDMMDPipeline, LatentPipeline, LatentSchedulerPipeline, load_pipeline
+from latent_dmmd.utils.errors import ConfigError
 
 NUM_MEASURED_PAIRS, NUM_CALIBRATION_PARTICLES = 128, 64
 
@@ -197,7 +198,8 @@ def embeddings_for_sampling(
             progress.update()
         still |= {f"{t:.2f}" for t, scale in zip(levels.tolist(), of_class.gradient_scale.tolist()) if scale == 0}
         generator = keyed_generator(config.training.seed, 0, len(levels))
-        z = torch.randn(NUM_CALIBRATION_PARTICLES, *pairs[0][0].shape[1:], generator=generator).to(device)
+        shape = (NUM_CALIBRATION_PARTICLES, *pairs[0][0].shape[1:])
+        z = torch.randn(shape, generator=generator, device="cpu").to(device)
         calibrate_on_particles(net, of_class, gradient_norm, z)
     if still:
         at = ", ".join(sorted(still))
@@ -215,7 +217,7 @@ def draw_pairs(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of (x_0, x_t) of level k, of one class or of any if None, a function of the seed and the level."""
     generator = keyed_generator(config.training.seed, 0, k)
-    for size in map(len, torch.arange(num_pairs).split(32)):
+    for size in map(len, torch.arange(num_pairs, device="cpu").split(32)):
         x_0 = cache.draw(size, generator, label)
-        eps = torch.randn(x_0.shape, generator=generator)
+        eps = torch.randn(x_0.shape, generator=generator, device="cpu")
         yield x_0, objective.process.sample(x_0, objective.levels[k].cpu().expand(size), eps)

@@ -99,7 +99,8 @@ class Objective(nn.Module):
         self.feature_net = feature_net
         self.process = process
         self.discrepancy = discrepancy or MMD()
-        self.register_buffer("levels", noise_levels(num_noise_levels), persistent=False)
+        levels = noise_levels(num_noise_levels, torch.get_default_device())  # where parameters are made, too
+        self.register_buffer("levels", levels, persistent=False)
 
     def forward(self, batch: Batch) -> Terms:
         raise NotImplementedError
@@ -274,9 +275,9 @@ class RunningEmbeddings(EmbeddingSource):
         # the first batch of a row fills all of its points
         for k, draws in zip(row.tolist(), phi):
             if self.num_updates[k] == 0:
-                table[k] = draws[torch.arange(self.num_points) % len(draws)]
+                table[k] = draws[torch.arange(self.num_points, device=draws.device) % len(draws)]
             start = int(self.num_updates[k]) * len(draws)
-            table[k, (start + torch.arange(len(draws))) % self.num_points] = draws
+            table[k, (start + torch.arange(len(draws), device=draws.device)) % self.num_points] = draws
 
 
 class WitnessMatching(Objective):

@@ -65,21 +65,19 @@ def save_animation(frames: Tensor, path: str | Path, milliseconds: int = 120) ->
 
 def plot_losses(metrics: Path, path: Path) -> None:
     """Curves of every term in a metrics.jsonl, one panel each, over steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, whose backend is the caller's
 
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     skipped = ("step", "seconds", "samples_per_second")
     names = [name for name in lines[0] if name not in skipped] if lines else []
-    figure, axes = plt.subplots(1, max(1, len(names)), figsize=(3.6 * max(1, len(names)), 3), squeeze=False)
+    width = 3.6 * max(1, len(names))
+    figure = Figure(figsize=(width, 3))
+    axes = figure.subplots(1, max(1, len(names)), squeeze=False)
+    figure.subplots_adjust(left=0.6 / width, right=1 - 0.15 / width, bottom=0.16, top=0.9, wspace=0.25)
     for axis, name in zip(axes[0], names):
-        values = torch.tensor([line.get(name, float("nan")) for line in lines])
+        values = torch.tensor([line.get(name, float("nan")) for line in lines], device="cpu")
         axis.plot([line["step"] for line in lines], values, linewidth=1)
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)

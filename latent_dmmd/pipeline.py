@@ -6,7 +6,6 @@ is compared with. Both are called alike: `pipe(batch_size, num_inference_steps=â
 
 import inspect
 import json
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -41,6 +40,7 @@ from latent_dmmd.latents import (
     to_pixels,
     unstandardise,
 )
+from latent_dmmd.utils.process import default_device
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 
@@ -84,8 +84,8 @@ class LatentPipeline(DiffusionPipeline):
         config = self.net.config
         if self.vae is None:
             return config.sample_size
-        zeros = torch.zeros(1, config.in_channels, config.sample_size, config.sample_size)
-        return decode_pixels(self.vae, zeros.to(self._execution_device)).shape[-1]
+        shape = (1, config.in_channels, config.sample_size, config.sample_size)
+        return decode_pixels(self.vae, torch.zeros(shape, device=self._execution_device)).shape[-1]
 
     def initial_particles(
         self, batch_size: int, generator: object, latents: Tensor | None, across_ranks: bool = False
@@ -325,7 +325,7 @@ class LatentDMMDPipeline(LatentPipeline):
         # 2. a schedule for each class
         groups = []
         for label in dict.fromkeys(labels):
-            which = torch.tensor([i for i, other in enumerate(labels) if other == label])
+            which = torch.tensor([i for i, other in enumerate(labels) if other == label], device=z.device)
             net, stored = self.of_class(label, guidance_scale)
             schedule = (stored, sampler, num_noise_levels, steps_per_level, step_size)
             groups.append((which, net, stored, flow_schedule(*schedule, start=start)))
@@ -482,5 +482,4 @@ def load_pipeline(folder: str | Path) -> LatentDMMDPipeline | LatentSchedulerPip
     name = read_index(folder).get("_class_name")
     if name not in PIPELINES:
         raise ValueError(f"{folder} holds a {name}, not one of {', '.join(PIPELINES)}")
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    return PIPELINES[name].from_pretrained(folder, use_safetensors=True).to(device)
+    return PIPELINES[name].from_pretrained(folder, use_safetensors=True).to(default_device())

@@ -73,10 +73,8 @@ def shown_rows(result: dict) -> list[tuple[str, int]]:
 
 def plot_distances(result: dict, folder: Path) -> list[tuple[Path, str]]:
     """The curves: Fréchet distance and KID over NFE, and the Fréchet distance over time a picture."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, whose backend is the caller's
+    from matplotlib.ticker import ScalarFormatter
 
     settings, n = result["settings"], result["settings"]["num_images"]
     lines = {
@@ -114,19 +112,19 @@ def plot_distances(result: dict, folder: Path) -> list[tuple[Path, str]]:
             lambda row: row["seconds_per_picture"],
         ),
     ):
-        figure, axis = plt.subplots(figsize=(8, 5))
+        figure = Figure(figsize=(8, 5))
+        axis = figure.subplots()
         curves(axis, name, x_of)
         if name == "frechet_distance":
             for (label, value), style in zip(lines.items(), (":", "--", "-")):
                 axis.axhline(value, color="grey", linestyle=style, linewidth=1, label=label)
             axis.set_yscale("log")
-            axis.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
-            axis.yaxis.set_minor_formatter(matplotlib.ticker.ScalarFormatter())
+            axis.yaxis.set_major_formatter(ScalarFormatter())
+            axis.yaxis.set_minor_formatter(ScalarFormatter())
         axis.set_xlabel(x_label)
         axis.set_ylabel(f"{title} (lower is better)")
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
         figure.savefig(folder / file, dpi=110, bbox_inches="tight")
-        plt.close(figure)
         plots.append((folder / file, f"{title} over {x_label}; {what}"))
     return plots
 

@@ -34,7 +34,7 @@ Draw = Callable[[int, torch.Generator], Tensor]
 
 def gaussian_mmd2(gap: Tensor | float, sigma: float, alpha: Tensor | float, dim: int = 2) -> Tensor:
     """MMD² between N(μ, σ² I) and N(0, σ² I) of the normalised Gaussian kernel of bandwidth α, for ‖μ‖ = gap."""
-    gap, alpha = torch.as_tensor(gap), torch.as_tensor(alpha)
+    gap, alpha = torch.as_tensor(gap, device="cpu"), torch.as_tensor(alpha, device="cpu")
     c = alpha**2 + 2 * sigma**2
     return 2 * c ** (-dim / 2) * -torch.expm1(-(gap**2) / (2 * c))
 
@@ -47,10 +47,10 @@ def optimal_bandwidth(gap: float, sigma: float, dim: int = 2) -> float:
 def measured_bandwidth(gap: float, sigma: float, alphas: Tensor, num_samples: int, seed: int, dim: int = 2) -> float:
     """The bandwidth among `alphas` of the steepest MMD² (U-statistic) of samples, by autograd."""
     generator = torch.Generator().manual_seed(seed)
-    x, y = (sigma * torch.randn(num_samples, dim, generator=generator) for _ in range(2))
+    x, y = (sigma * torch.randn(num_samples, dim, generator=generator, device="cpu") for _ in range(2))
     slopes = []
     for alpha in alphas.tolist():
-        mu = torch.zeros(dim)
+        mu = torch.zeros(dim, device="cpu")
         mu[0] = gap
         mu.requires_grad_()
         (slope,) = torch.autograd.grad(alpha**-dim * mmd2(x + mu, y, GaussianKernel(alpha)), mu)
@@ -67,8 +67,8 @@ class Target:
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         """Samples, with shape (n, 2)."""
-        which = torch.randint(len(self.centres), (n,), generator=generator)
-        return self.centres[which] + self.std * torch.randn(n, 2, generator=generator)
+        which = torch.randint(len(self.centres), (n,), generator=generator, device="cpu")
+        return self.centres[which] + self.std * torch.randn(n, 2, generator=generator, device="cpu")
 
     def modes_hit(self, z: Tensor) -> tuple[float, int]:
         """The share of particles within 3 s of a centre, and the number of centres with one in 3 M of them or more."""
@@ -79,11 +79,14 @@ class Target:
 
 
 def ring(num_modes: int = 8, radius: float = 2.0, centre: float = 5.0) -> Tensor:
-    angle = 2 * torch.pi * torch.arange(num_modes) / num_modes
+    angle = 2 * torch.pi * torch.arange(num_modes, device="cpu") / num_modes
     return torch.stack([centre + radius * angle.cos(), radius * angle.sin()], dim=1)
 
 
-TARGETS = {"Gaussian": Target(torch.tensor([[5.0, 0.0]]), 0.2), "eight modes": Target(ring(), 0.15)}
+TARGETS = {
+    "Gaussian": Target(torch.tensor([[5.0, 0.0]], device="cpu"), 0.2),
+    "eight modes": Target(ring(), 0.15),
+}
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:
@@ -114,7 +117,7 @@ def kernel_flow(
         record: Sees the particles before each step and at the end.
     """
     generator = torch.Generator().manual_seed(seed)
-    z = torch.randn(num_particles, 2, generator=generator)
+    z = torch.randn(num_particles, 2, generator=generator, device="cpu")
     for _ in range(num_steps):
         record(z)
         y = target.draw(num_particles, generator)
@@ -133,7 +136,7 @@ def adaptive_bandwidth(factor: float = 4.0, floor: float = 0.2) -> Callable[[Ten
     distance of their means. α* is the best bandwidth to move a mean; a cloud, whose points also repel each other, wants
     a wider kernel: the factor was chosen among 1, 2 and 4 with the seed that chooses the steps.
     """
-    angle = torch.arange(16) * torch.pi / 16
+    angle = torch.arange(16, device="cpu") * torch.pi / 16
     directions = torch.stack([angle.cos(), angle.sin()])
 
     def bandwidth(z: Tensor, y: Tensor) -> float:
@@ -150,7 +153,7 @@ def mean_flow(
     """‖μ‖ along μ ← μ − η ∂MMD²/∂μ in closed form, where N(μ, σ² I) keeps its shape; num_steps + 1 values."""
     gaps = [gap]
     for _ in range(num_steps):
-        g = torch.tensor(gaps[-1], dtype=torch.float64, requires_grad=True)
+        g = torch.tensor(gaps[-1], dtype=torch.float64, device="cpu", requires_grad=True)
         (slope,) = torch.autograd.grad(gaussian_mmd2(g, sigma, bandwidth(gaps[-1])), g)
         gaps.append(max(0.0, gaps[-1] - step_size * slope.item()))
     return gaps
@@ -199,10 +202,10 @@ def train_toy(
     generator, start = torch.Generator().manual_seed(seed), time.perf_counter()
     for _ in range(num_steps):
         x_0 = target.draw(levels * pairs, generator).reshape(levels, pairs, 2, 1, 1)
-        strata = torch.arange(levels) + torch.rand(levels, generator=generator)
+        strata = torch.arange(levels, device="cpu") + torch.rand(levels, generator=generator, device="cpu")
         level = (strata * NUM_NOISE_LEVELS / levels).long()
-        eps = torch.randn(x_0.shape, generator=generator)
-        batch = Batch(x_0, level, eps, torch.rand(levels, pairs, generator=generator))
+        eps = torch.randn(x_0.shape, generator=generator, device="cpu")
+        batch = Batch(x_0, level, eps, torch.rand(levels, pairs, generator=generator, device="cpu"))
         ema.copy_to(averaged.parameters())
         objective(batch).total.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -221,7 +224,8 @@ def toy_embeddings(objective: Objective, net: nn.Module, target: Target, num_pai
     stored.displacement.copy_(objective.process.displacement(objective.levels))
     for k, t in enumerate(objective.levels):
         x_0 = target.draw(num_pairs, generator)[:, :, None, None]
-        x_t = objective.process.sample(x_0, t.expand(num_pairs), torch.randn(x_0.shape, generator=generator))
+        eps = torch.randn(x_0.shape, generator=generator, device="cpu")
+        x_t = objective.process.sample(x_0, t.expand(num_pairs), eps)
         stored.clean[k], stored.noisy[k] = measure_embeddings(net, [(x_0, x_t)], t)
         stored.gradient_scale[k], _ = measure_gradients(net, [(x_0, x_t)], t, stored.at_level(k).stored)
     return stored
@@ -237,7 +241,7 @@ def learned_flow(
     record: Callable[[Tensor], None] = lambda z: None,
 ) -> Tensor:
     """The noise-adaptive flow from N(0, I) with `nfe` steps, in multiples of 25."""
-    z = torch.randn(num_particles, 2, 1, 1, generator=torch.Generator().manual_seed(seed))
+    z = torch.randn(num_particles, 2, 1, 1, generator=torch.Generator().manual_seed(seed), device="cpu")
     steps = flow_schedule(stored, sampler, NUM_NOISE_LEVELS, nfe // NUM_NOISE_LEVELS)
     record(z.flatten(1))
     return gradient_flow(net, z, stored, steps, lambda i, step, z: (record(z.flatten(1)), z)[1]).flatten(1)
@@ -247,7 +251,7 @@ def velocity_flow(
     net: nn.Module, nfe: int, num_particles: int, seed: int, record: Callable[[Tensor], None] = lambda z: None
 ) -> Tensor:
     """Euler steps of flow matching from N(0, I)."""
-    z = torch.randn(num_particles, 2, 1, 1, generator=torch.Generator().manual_seed(seed))
+    z = torch.randn(num_particles, 2, 1, 1, generator=torch.Generator().manual_seed(seed), device="cpu")
     record(z.flatten(1))
     return euler(net, z, nfe, lambda z: record(z.flatten(1))).flatten(1)
 
@@ -328,7 +332,7 @@ def toy_report(
                     curves[target_name][name] = [
                         (j / max(1, len(trace) - 1), energy_distance(trace[j], y)) for j in shown
                     ]
-            values = torch.tensor(distances)
+            values = torch.tensor(distances, device="cpu")
             report[target_name][name] = {
                 "energy_distance": values.mean().item(),
                 "standard_error": (values.std() / len(seeds) ** 0.5).item() if len(seeds) > 1 else None,
@@ -341,7 +345,8 @@ def toy_report(
 
 def bandwidth_report(sigma: float = 0.5, num_samples: int = 400, seed: int = 0) -> dict:
     """α* by formula and by search, on the closed form and on samples, against the gap; and flows of the mean."""
-    gaps, alphas = torch.linspace(0.5, 6, 12).tolist(), torch.linspace(0.05, 3.5, 139)
+    gaps = torch.linspace(0.5, 6, 12, device="cpu").tolist()
+    alphas = torch.linspace(0.05, 3.5, 139, device="cpu")
     report = {"sigma": sigma, "num_samples": num_samples, "gap": gaps, "formula": [], "closed_form": [], "samples": []}
     for gap in gaps:
         g = torch.full_like(alphas, gap, requires_grad=True)
@@ -359,13 +364,10 @@ def plot_toy(
     particles: dict[str, dict[str, Tensor]], curves: dict[str, dict[str, list]], bandwidths: dict, path: str
 ) -> None:
     """Particles of every method on every target, energy distance along the flows, and α*."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, whose backend is the caller's
 
     names = [name for name in next(iter(particles.values())) if name != "target itself"]
-    figure = plt.figure(figsize=(18, 8.6), layout="constrained")
+    figure = Figure(figsize=(18, 8.6), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.15, 1))
     for axes, (target_name, by_method) in zip(top.subplots(len(particles), len(names)), particles.items()):
         for axis, name in zip(axes, names):
@@ -395,4 +397,3 @@ def plot_toy(
     for axis in panels[2:]:
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=80)
-    plt.close(figure)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from diffusers.utils import is_tensorboard_available, is_wandb_available
 from PIL import Image
@@ -34,22 +34,15 @@ from latent_dmmd.checkpoints import (
     save_checkpoint,
     writing,
 )
-from latent_dmmd.config import ONE_STEP, Config, ConfigError, TrainingConfig, as_dict, differing_keys, save_config
-from latent_dmmd.data import DataError, Pictures, keyed_generator, load_pictures, write_aside
+from latent_dmmd.config import ONE_STEP, Config, TrainingConfig, as_dict, differing_keys, save_config
+from latent_dmmd.data import Pictures, keyed_generator, load_pictures, write_aside
 from latent_dmmd.latents import Autoencoder, encode_moments, load_autoencoder, reconstruct, to_uint8
 from latent_dmmd.methods import begin_with, build_network, build_objective, build_pipeline, teacher_pairs
 from latent_dmmd.objective import Batch, Terms
 from latent_dmmd.pictures import labelled_grid, plot_losses
 from latent_dmmd.pipeline import LatentDMMDPipeline, LatentPipeline
-
-
-def resolved_precision(mixed_precision: str) -> str:
-    """What "auto" stands for here: bf16 where the hardware computes in it; elsewhere it is emulated, and slower."""
-    if mixed_precision != "auto":
-        return mixed_precision
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(False) else "no"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
+from latent_dmmd.utils.errors import ConfigError, DataError
+from latent_dmmd.utils.process import own_accelerator
 
 
 def learning_rate_at(step: int, config: TrainingConfig, floor: float = 0.1) -> float:
@@ -70,7 +63,7 @@ def draw_batch(
     """The batch of one step on one rank; levels, stratified over the grid, and classes are the same on every rank."""
     num_levels, num_pairs = config.levels_per_step, config.pairs_per_level
     shared, generator = keyed_generator(config.seed, 0, step), keyed_generator(config.seed, 1 + rank, step)
-    strata = torch.arange(num_levels) + torch.rand(num_levels, generator=shared)
+    strata = torch.arange(num_levels, device="cpu") + torch.rand(num_levels, generator=shared, device="cpu")
     level = (strata * num_noise_levels / num_levels).long().clamp(max=num_noise_levels - 1)
     label = None
     if cache.labels is None:
@@ -78,12 +71,12 @@ def draw_batch(
         x_0, eps = (a.unflatten(0, (num_levels, num_pairs)) for a in drawn)
     else:
         num_classes = len(cache.members)
-        label = torch.randint(num_classes, (num_levels,), generator=shared)
-        label[torch.rand(num_levels, generator=shared) < label_dropout] = num_classes
+        label = torch.randint(num_classes, (num_levels,), generator=shared, device="cpu")
+        label[torch.rand(num_levels, generator=shared, device="cpu") < label_dropout] = num_classes
         wanted = [c if c < num_classes else None for c in label.tolist()]
         x_0 = torch.stack([cache.draw(num_pairs, generator, c) for c in wanted])
-        eps = torch.randn(x_0.shape, generator=generator)
-    return Batch(x_0, level, eps, torch.rand(num_levels, num_pairs, generator=generator), label)
+        eps = torch.randn(x_0.shape, generator=generator, device="cpu")
+    return Batch(x_0, level, eps, torch.rand(num_levels, num_pairs, generator=generator, device="cpu"), label)
 
 
 def prepare_run_folder(config: Config, may_differ: tuple[str, ...] = ()) -> Path:
@@ -113,26 +106,11 @@ def prepare_run_folder(config: Config, may_differ: tuple[str, ...] = ()) -> Path
     return folder
 
 
-def use_all_cores() -> None:
-    """Undo the one thread that `accelerate launch` gives a single process on a machine without accelerator."""
-    if os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-
-
 def check_tracker(name: str | None) -> None:
     """Raise ConfigError if a tracker is asked for and not installed; Accelerate would drop it in silence."""
     available = {None: True, "tensorboard": is_tensorboard_available(), "wandb": is_wandb_available()}
     if not available[name]:
         raise ConfigError(f"training.log_with={name} is not installed: pip install {name}")
-
-
-def check_distributed(kind: DistributedType) -> None:
-    """Raise ConfigError for wrappers that shard the network."""
-    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise ConfigError(
-            f"distributed_type {kind.value} is not supported: the witness gradient is differentiated twice, which "
-            "sharded weights do not survive; use MULTI_GPU or MULTI_CPU, see configs/accelerate"
-        )
 
 
 class Trainer:
@@ -283,18 +261,16 @@ def train(config: Config) -> Path:
         FloatingPointError: If a loss or gradient is not finite; the last checkpoint stays.
         SystemExit: With code 0, after SIGTERM: the step is finished, a checkpoint saved, and a line says how to go on.
     """
+    check_tracker(config.training.log_with)
+    options = dict(log_with=config.training.log_with, project_dir=config.output_dir)
+    with own_accelerator(config.training.mixed_precision, **options) as accelerator:
+        return train_with(config, accelerator)
+
+
+def train_with(config: Config, accelerator: Accelerator) -> Path:
+    """`train` on the devices, ranks and precision of an Accelerator."""
     # initialise and validate
-    options = config.training
-    check_tracker(options.log_with)
-    accelerator = Accelerator(
-        mixed_precision=resolved_precision(options.mixed_precision),
-        log_with=options.log_with,
-        project_dir=config.output_dir,
-    )
-    check_distributed(accelerator.distributed_type)
-    device = accelerator.device
-    if device.type == "cpu" and accelerator.num_processes == 1:
-        use_all_cores()
+    options, device = config.training, accelerator.device
     name = config.autoencoder.name_or_path
     vae = load_autoencoder(name, device) if name else None
     pictures = load_pictures(
@@ -386,7 +362,7 @@ def probe_latents(vae: Autoencoder, resolution: int) -> Tensor:
 
 def check_finite(step: int, named: dict[str, Tensor], total: Tensor, norm: Tensor) -> None:
     """Raise FloatingPointError, naming step and term, before the update is made."""
-    if torch.isfinite(total) and torch.isfinite(torch.as_tensor(norm)):
+    if torch.isfinite(total) and torch.isfinite(torch.as_tensor(norm, device=total.device)):
         return
     bad = [name for name, value in named.items() if not torch.isfinite(value)] or ["gradient"]
     raise FloatingPointError(f"step {step}: {', '.join(bad)} not finite; the last checkpoint is from before")

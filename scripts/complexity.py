@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
 from latent_dmmd.complexity import complexity_report, plot_complexity
+from latent_dmmd.utils.process import default_device
 
 
 def main() -> None:
@@ -34,8 +35,7 @@ def main() -> None:
         raise ValueError(f"--resolutions must be multiples of 64; got {args.resolutions}")
     if min(len(args.batches), len(args.particles)) < 2:
         raise ValueError("--batches and --particles need at least 2 sizes each, to fit an exponent")
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     sizes = (sorted(sizes) for sizes in (args.batches, args.particles, args.resolutions))
     report = complexity_report(device, *sizes, pairs_per_level=args.pairs_per_level, repeats=args.repeats)
     report["machine"] = {"device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -46,7 +46,7 @@ def main() -> None:
     for name, cost in report["objectives"].items():
         print(f"{name:<28}{cost['seconds']:8.3f} s a step, {cost['over_flow_matching']:.2f} of flow matching")
     for name, cost in report["representations"].items():
-        print(f"{name:<28}{1000 * cost['seconds_per_pair']:8.1f} ms a pair and step")
+        print(f"{name:<28}{1000 * cost['seconds_per_pair']:8.1f} ms per pair and step")
     for part in ("training", "sampling"):
         for name, series in report[part].items():
             print(f"{part}, {name:<28} exponent {series['exponent']:.2f} at sizes up to {series['sizes'][-1]}")

@@ -1,22 +1,89 @@
-"""Tiny networks and pictures that the tests share."""
+"""Tiny networks and images that the tests share, and the one fixture that keeps a test from leaning on its machine."""
 
 import json
 import os
+import random
+import shutil
+import signal
+from pathlib import Path
 
 # no test asks the network
 os.environ["HF_HUB_OFFLINE"] = "1"
+# one worker, one thread: workers share the cores; an explicit OMP_NUM_THREADS wins
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torch_fidelity
 import yaml
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
+from einops import rearrange
 from PIL import Image
+from torch import nn
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from latent_dmmd import FeatureNet, LatentDMMDPipeline, MeanEmbeddings
-from latent_dmmd.data import DataError
+from latent_dmmd.config import Config, parse_config
+from latent_dmmd.evaluation import EXTRACTORS, FeatureSpace
+from latent_dmmd.training import train
+from latent_dmmd.utils.errors import DataError
+from latent_dmmd.utils.process import default_device, resolved_precision
 
+ROOT = Path(__file__).parents[1]
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def hide_accelerators(markers: str, environment: dict) -> None:
+    """Hide every GPU from a session and from the processes it starts, unless its `-m` asks for GPU tests."""
+    if "gpu" not in markers.replace("not gpu", ""):
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+        environment["ACCELERATE_USE_CPU"] = "true"
+
+
+def pytest_configure(config):
+    hide_accelerators(config.option.markexpr, os.environ)
+
+
+def pytest_report_header():
+    return (
+        f"auto precision: {resolved_precision('auto')}, threads: {torch.get_num_threads()}, "
+        f"device: {default_device()}, torch {torch.__version__}"
+    )
+
+
+def reset_accelerate():
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def process_state():
+    """Every test starts from the same process, whatever ran before it, and leaves it so."""
+    environment, folder, threads = dict(os.environ), os.getcwd(), torch.get_num_threads()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    reset_accelerate()
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(0)
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    torch.set_grad_enabled(True)
+    torch.use_deterministic_algorithms(False)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    reset_accelerate()
 
 
 def build_kl():
@@ -75,10 +142,8 @@ def each_vae(request):
     return frozen(request.param)
 
 
-@pytest.fixture
-def tiny_pictures(tmp_path):
-    """A folder of 12 smooth random pictures, 32 × 32 pixels."""
-    folder = tmp_path / "pictures"
+def save_tiny_pictures(folder):
+    """A folder of 12 smooth random images, 32 × 32 pixels."""
     folder.mkdir()
     coarse = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 3), dtype=np.uint8)
     for i, pixels in enumerate(coarse):
@@ -87,11 +152,20 @@ def tiny_pictures(tmp_path):
 
 
 @pytest.fixture
-def arguments(tiny_vae, tiny_pictures, tmp_path):
-    tiny_vae.save_pretrained(tmp_path / "vae")
+def tiny_pictures(tmp_path):
+    """A folder of images that a test may change."""
+    return save_tiny_pictures(tmp_path / "pictures")
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory):
+    """Images, an autoencoder and encoded latents that tests share and do not change, and the tiny run's settings."""
+    folder = tmp_path_factory.mktemp("workshop")
+    frozen("AutoencoderKL").save_pretrained(folder / "vae")
+    pictures = save_tiny_pictures(folder / "pictures")
     settings = {
-        "data": {"name_or_path": str(tiny_pictures), "resolution": 32, "cache_dir": str(tmp_path / "cache")},
-        "autoencoder": {"name_or_path": str(tmp_path / "vae")},
+        "data": {"name_or_path": str(pictures), "resolution": 32, "cache_dir": str(folder / "cache")},
+        "autoencoder": {"name_or_path": str(folder / "vae")},
         "feature_net": {
             "num_features": 8,
             "patch_size": 1,
@@ -106,13 +180,28 @@ def arguments(tiny_vae, tiny_pictures, tmp_path):
             "pairs_per_level": 4,
             "checkpointing_steps": 3,
             "log_every": 1,
-            "mixed_precision": "no",
         },
         "sampling": {"num_images": 2, "num_noise_levels": 4, "steps_per_level": 1},
     }
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return ["--config", str(path), "--output_dir", str(tmp_path / "run")]
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+@pytest.fixture
+def arguments(workshop, tmp_path):
+    """The command line of the tiny run, whose folder is the test's own; its precision is "auto"."""
+    return ["--config", str(workshop / "tiny.yaml"), "--output_dir", str(tmp_path / "run")]
+
+
+@pytest.fixture(scope="session")
+def trained_once(workshop):
+    return train(parse_config(Config, ["--config", str(workshop / "tiny.yaml"), "--output_dir", str(workshop / "run")]))
+
+
+@pytest.fixture
+def trained(trained_once, tmp_path):
+    """The finished tiny run in the folder that `arguments` names, copied: a test may damage it."""
+    return Path(shutil.copytree(trained_once, tmp_path / "run"))
 
 
 def tiny_pipeline(tiny_vae):
@@ -153,3 +242,37 @@ def metrics(folder):
     """The lines of a run's metrics, without their times."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+class ToyExtractor(torch_fidelity.FeatureExtractorBase):
+    """8 features and 5 logits of the picture at 4 × 4 pixels, by a fixed random layer."""
+
+    def __init__(self, name, features_list, **kwargs):
+        super().__init__(name, features_list)
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(48, 8, generator=generator) / 48**0.5)
+
+    def forward(self, images_uint8):
+        x = F.adaptive_avg_pool2d(images_uint8.float() / 64, 4)
+        features = (rearrange(x, "b c h w -> b (c h w)") @ self.weight).tanh()
+        provided = {"features": features, "logits": 4 * features[:, :5]}
+        return tuple(provided[layer] for layer in self.features_list)
+
+    @staticmethod
+    def get_provided_features_list():
+        return "features", "logits"
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return "logits" if metric == "isc" else "features"
+
+
+if "toy" not in FEATURE_EXTRACTORS_REGISTRY:
+    torch_fidelity.register_feature_extractor("toy", ToyExtractor)
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """The name of the toy extractor, known to the protocol for the length of a test."""
+    monkeypatch.setitem(EXTRACTORS, "toy", FeatureSpace("toy", "features", "logits", "fd_toy"))
+    return "toy"

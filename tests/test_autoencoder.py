@@ -7,8 +7,8 @@ from torch import nn
 
 from latent_dmmd import autoencoder
 from latent_dmmd.autoencoder import AutoencoderTrainingConfig, build_autoencoder, random_crops, train_autoencoder
-from latent_dmmd.config import ConfigError
 from latent_dmmd.latents import BUNDLED_AUTOENCODER, encode_moments, load_autoencoder
+from latent_dmmd.utils.errors import ConfigError
 
 
 class NoDistance(nn.Module):

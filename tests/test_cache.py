@@ -1,8 +1,5 @@
 import itertools
 import json
-import os
-import subprocess
-import sys
 from io import BytesIO
 from pathlib import Path
 
@@ -12,15 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import RED, WHITE, frozen, refusal, solid
+from processes import run
 from safetensors.torch import load_file
 
 from latent_dmmd import cache as caching
 from latent_dmmd import data
 from latent_dmmd.cache import cache_latents, cache_pixels
-from latent_dmmd.data import DataError, load_pictures
+from latent_dmmd.data import load_pictures
 from latent_dmmd.latents import encode_moments, standardise, to_pixels
-
-ROOT = Path(__file__).parents[1]
+from latent_dmmd.utils.errors import DataError
 
 
 @pytest.fixture
@@ -428,9 +425,9 @@ def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path, kind, counts
     peaks = []
     for count in counts:
         source = synthetic(kind, count, tmp_path / f"{kind}-{count}")
-        command = [sys.executable, "-c", MEMORY, source, str(tmp_path / f"cache-{count}"), str(kind == "stream")]
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-        output = subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout.split()
+        result = run(MEMORY, source, tmp_path / f"cache-{count}", kind == "stream")
+        assert result.returncode == 0, result.stderr
+        output = result.stdout.split()
         assert int(output[0]) == count
         peaks.append(int(output[1]))
     assert peaks[1] < 1.1 * peaks[0], f"{peaks} KB"

@@ -1,24 +1,23 @@
 """Features, mean embeddings and flows for classes of pictures, from the data to the pipeline."""
 
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import datasets
 import pytest
 import torch
 from conftest import metrics, refusal, solid, weights
+from processes import ROOT
+from processes import run as run_script
 
 from latent_dmmd import FeatureNet, LatentDMMDPipeline, MeanEmbeddings
 from latent_dmmd.cache import LatentCache
-from latent_dmmd.config import Config, ConfigError, TrainingConfig, parse_config
-from latent_dmmd.data import DataError, load_pictures
+from latent_dmmd.config import Config, TrainingConfig, parse_config
+from latent_dmmd.data import load_pictures
 from latent_dmmd.forward import LinearInterpolant
 from latent_dmmd.objective import DMMD, Batch, WitnessMatching
 from latent_dmmd.training import draw_batch, train
+from latent_dmmd.utils.errors import ConfigError, DataError
 
-ROOT = Path(__file__).parents[1]
 SIZES = dict(block_out_channels=(8,), attention_levels=(True,), layers_per_block=1, num_groups=2)
 
 
@@ -244,8 +243,9 @@ def test_from_folders_to_a_pipeline_of_classes(class_arguments, tmp_path):
     ).images
     assert images.isfinite().all()
     how = ["--class_labels", "dark", "--sampler", "approximate", "--guidance_scale", "2", "--num_inference_steps", "2"]
-    command = [sys.executable, str(ROOT / "scripts" / "sample.py"), "--pipeline", str(folder / "pipeline"), *how]
-    subprocess.run([*command, "--num_images", "3", "--output_dir", str(tmp_path / "dark")], check=True)
+    how += ["--num_images", "3", "--output_dir", tmp_path / "dark"]
+    result = run_script(ROOT / "scripts" / "sample.py", "--pipeline", folder / "pipeline", *how)
+    assert result.returncode == 0, result.stderr
     assert len(list((tmp_path / "dark" / "images").glob("*.png"))) == 3
     # resuming from the middle ends at the same weights and metrics
     again = [*class_arguments, "--output_dir", str(tmp_path / "again"), "--training.checkpointing_steps", "3"]
@@ -257,8 +257,8 @@ def test_from_folders_to_a_pipeline_of_classes(class_arguments, tmp_path):
         assert torch.equal(a, b), name
 
 
-def test_training_begins_with_saved_weights(arguments, class_arguments, tmp_path):
-    first = train(parse_config(Config, [*arguments, "--output_dir", str(tmp_path / "first")]))
+def test_training_begins_with_saved_weights(arguments, class_arguments, trained_once, tmp_path):
+    first = trained_once
     begin = ["--training.init_from", str(first / "pipeline")]
     still = ["--training.learning_rate", "1e-12", "--training.num_steps", "1"]
     second = train(parse_config(Config, [*class_arguments, *begin, *still, "--output_dir", str(tmp_path / "second")]))

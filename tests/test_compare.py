@@ -8,14 +8,13 @@ from PIL import Image
 from latent_dmmd import compare
 from latent_dmmd.baselines import GaussianFit
 from latent_dmmd.compare import CompareConfig, Comparison, goals
-from latent_dmmd.config import ConfigError
 from latent_dmmd.evaluation import memorised_share
 from latent_dmmd.report import write_report
+from latent_dmmd.utils.errors import ConfigError
 
 
 @pytest.fixture
-def settings(tiny_vae, tiny_pictures, tmp_path, monkeypatch):
-    pytest.importorskip("efficientnet_lite_pytorch")
+def settings(tiny_vae, tiny_pictures, tmp_path, monkeypatch, toy):
     monkeypatch.setattr(compare, "in_a_process", lambda function, *args: function(*args))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     tiny_vae.save_pretrained(tmp_path / "vae")
@@ -52,6 +51,7 @@ def settings(tiny_vae, tiny_pictures, tmp_path, monkeypatch):
         nfe=[10, 100],
         one_seed_from=100,
         seeds=[0, 1],
+        extractor=toy,
         num_images=6,
         num_steps=2,
         reference=str(heldout),

@@ -3,7 +3,8 @@ import re
 import pytest
 import yaml
 
-from latent_dmmd.config import Config, ConfigError, as_dict, differing_keys, key_names, parse_config, save_config
+from latent_dmmd.config import Config, as_dict, differing_keys, key_names, parse_config, save_config
+from latent_dmmd.utils.errors import ConfigError
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from conftest import BLUE, GREEN, RED, WHITE, refusal, solid
 from PIL import Image
 
 from latent_dmmd import data
-from latent_dmmd.data import DataError, load_pictures, read_picture
+from latent_dmmd.data import load_pictures, read_picture
+from latent_dmmd.utils.errors import DataError
 
 
 def noise(*size):

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from conftest import frozen, tiny_pipeline
 
-pytest.importorskip("gradio")
-playwright = pytest.importorskip("playwright.sync_api")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 if BROWSER is None:
     pytest.skip("no Chromium on this machine", allow_module_level=True)
+pytest.importorskip("gradio")
+playwright = pytest.importorskip("playwright.sync_api")
 
 ROOT = Path(__file__).parents[1]
 

@@ -6,12 +6,13 @@ from conftest import metrics, tiny_pipeline
 
 from latent_dmmd import distillation
 from latent_dmmd.baselines import VelocityNet
-from latent_dmmd.config import Config, ConfigError, parse_config
+from latent_dmmd.config import Config, parse_config
 from latent_dmmd.distillation import OneStep, PairCache, begin_with_features, make_pairs
 from latent_dmmd.forward import LinearInterpolant
 from latent_dmmd.objective import Batch
 from latent_dmmd.pipeline import load_pipeline
 from latent_dmmd.training import draw_batch, train
+from latent_dmmd.utils.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -134,15 +135,15 @@ def test_a_generator_begins_with_the_shared_weights(teacher):
 
 
 @pytest.fixture
-def one_step(arguments, teacher, tmp_path):
+def one_step(arguments, trained_once):
     # the teacher's network is the one that the configuration describes
-    folder = train(parse_config(Config, [*arguments, "--output_dir", str(tmp_path / "teacher")]))
+    folder = trained_once
     extra = ["--objective.name", "one-step", "--objective.teacher", str(folder / "pipeline")]
     extra += ["--objective.teacher_steps", "4", "--objective.num_pairs", "12", "--training.num_steps", "30"]
     return [*arguments, *extra, "--training.learning_rate", "3e-3"]
 
 
-def test_from_a_teacher_to_pictures_in_one_step(one_step, tmp_path):
+def test_from_a_teacher_to_pictures_in_one_step(one_step, trained_once):
     folder = train(parse_config(Config, one_step))
     losses = [line["distillation"] for line in metrics(folder)]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
@@ -151,7 +152,7 @@ def test_from_a_teacher_to_pictures_in_one_step(one_step, tmp_path):
     how = dict(latents=z, num_inference_steps=1, output_type="latent")
     expected = z - pipe.network(z, torch.ones(()))
     torch.testing.assert_close(pipe(2, **how).images, expected.detach(), atol=1e-5, rtol=1e-5)
-    teacher = load_pipeline(tmp_path / "teacher" / "pipeline")
+    teacher = load_pipeline(trained_once / "pipeline")
     assert pipe.config.latents_mean == pytest.approx(teacher.config.latents_mean)
     assert (folder / "samples.png").exists()
 

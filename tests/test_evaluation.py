@@ -2,8 +2,6 @@
 
 import importlib
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from urllib.error import URLError
@@ -15,14 +13,12 @@ import torch.nn.functional as F
 import torch_fidelity
 from einops import rearrange, reduce
 from PIL import Image
-from torch import nn
+from processes import ROOT, run
 from torch.utils.data import Dataset, TensorDataset
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from latent_dmmd import evaluation
 from latent_dmmd.evaluation import (
-    EXTRACTORS,
-    FeatureSpace,
     LinearClassifier,
     class_agreement,
     evaluate,
@@ -31,7 +27,6 @@ from latent_dmmd.evaluation import (
 )
 from latent_dmmd.latents import BUNDLED_AUTOENCODER, load_autoencoder, reconstruct
 
-ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "evaluate.py"
 
 
@@ -44,40 +39,6 @@ def closed_form_distance(x, y):
     a, b = ((f - f.mean(0)) / (len(f) - 1) ** 0.5 for f in (x, y))
     distance = (x.mean(0) - y.mean(0)).square().sum() + a.square().sum() + b.square().sum()
     return (distance - 2 * torch.linalg.matrix_norm(a @ b.T, "nuc")).item()
-
-
-class ToyExtractor(torch_fidelity.FeatureExtractorBase):
-    """8 features and 5 logits of the picture at 4 × 4 pixels, by a fixed random layer."""
-
-    def __init__(self, name, features_list, **kwargs):
-        super().__init__(name, features_list)
-        generator = torch.Generator().manual_seed(0)
-        self.weight = nn.Parameter(torch.randn(48, 8, generator=generator) / 48**0.5)
-
-    def forward(self, images_uint8):
-        x = F.adaptive_avg_pool2d(images_uint8.float() / 64, 4)
-        features = (rearrange(x, "b c h w -> b (c h w)") @ self.weight).tanh()
-        provided = {"features": features, "logits": 4 * features[:, :5]}
-        return tuple(provided[layer] for layer in self.features_list)
-
-    @staticmethod
-    def get_provided_features_list():
-        return "features", "logits"
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric):
-        return "logits" if metric == "isc" else "features"
-
-
-if "toy" not in FEATURE_EXTRACTORS_REGISTRY:
-    torch_fidelity.register_feature_extractor("toy", ToyExtractor)
-
-
-@pytest.fixture
-def toy(monkeypatch):
-    """The name of the toy extractor, known to the protocol for the length of a test."""
-    monkeypatch.setitem(EXTRACTORS, "toy", FeatureSpace("toy", "features", "logits", "fd_toy"))
-    return "toy"
 
 
 class PictureSet(Dataset):
@@ -258,9 +219,9 @@ def lite0():
 
 @pytest.fixture(scope="module")
 def photographs():
-    """48 photographs of solar cells, uint8 with shape (48, 3, 256, 256)."""
+    """24 photographs of solar cells, uint8 with shape (24, 3, 256, 256)."""
     folder = Path(pytest.importorskip("elpv_dataset").__file__).parent / "data" / "images"
-    paths = sorted(folder.glob("*.png"))[::54][:48]
+    paths = sorted(folder.glob("*.png"))[::108][:24]
     pictures = [
         np.array(Image.open(path).convert("RGB").resize((256, 256), Image.Resampling.LANCZOS)) for path in paths
     ]
@@ -309,12 +270,6 @@ def test_distance_orders_reconstructed_resized_and_random(lite0, photographs):
 # The script
 
 
-def run_script(*arguments):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
-
-
 def write_pictures(folder, images_uint8):
     folder.mkdir()
     for i, image in enumerate(rearrange(images_uint8, "b c h w -> b h w c").numpy()):
@@ -326,7 +281,7 @@ def test_script_scores_folders(lite0, tmp_path):
     generated = write_pictures(tmp_path / "generated", random_pictures(6, 0, size=32))
     reference = write_pictures(tmp_path / "reference", random_pictures(8, 1, size=32))
     output = tmp_path / "runs" / "scores.json"
-    result = run_script(generated, reference, "--output", output, "--resolution", 32, "--kid_subset_size", 4)
+    result = run(SCRIPT, generated, reference, "--output", output, "--resolution", 32, "--kid_subset_size", 4)
     assert result.returncode == 0, result.stderr
     scores = json.loads(output.read_text())
     assert (scores["extractor"], scores["n_generated"], scores["n_reference"]) == ("efficientnet-lite0", 6, 8)
@@ -339,7 +294,7 @@ def test_script_scores_folders(lite0, tmp_path):
 
 def test_script_refuses_a_bad_folder_in_one_line(tmp_path):
     output = tmp_path / "scores.json"
-    result = run_script(tmp_path / "nowhere", tmp_path / "nowhere", "--output", output)
+    result = run(SCRIPT, tmp_path / "nowhere", tmp_path / "nowhere", "--output", output)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and "nowhere" in result.stderr
     assert "Traceback" not in result.stderr

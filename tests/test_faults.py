@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import random
 import shutil
 import signal
 import subprocess
@@ -12,85 +13,67 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import metrics, tiny_pipeline, weights
+from processes import ROOT, Child, ranks, run, wait_until
 
 from latent_dmmd.checkpoints import checkpoints_in, is_complete
-from latent_dmmd.config import Config, ConfigError, parse_config
+from latent_dmmd.config import Config, parse_config
 from latent_dmmd.pipeline import load_pipeline
 from latent_dmmd.training import train
+from latent_dmmd.utils.errors import ConfigError
 
-ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
 EVERY_STEP = ["--training.checkpointing_steps", "1", "--training.learning_rate_schedule", "constant"]
 RUNS_ON = [*EVERY_STEP, "--training.num_steps", "1000000"]
-
-
-def script(text, *args, prefix=(), **options):
-    """Run Python source in a process of its own; in namespaces of its own where a prefix says so."""
-    command = [*prefix, sys.executable, "-c", text, *args]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, **options)
+TRAIN_LATENT = ROOT / "scripts" / "train_latent.py"
 
 
 def train_apart(*args):
     """Train in a process of its own, one thread: state and number of threads are those of other such processes."""
     text = "import sys\nfrom latent_dmmd.config import *\nfrom latent_dmmd.training import train\n"
-    result = script(text + "print(train(parse_config(Config, sys.argv[1:])))", *args)
+    result = run(text + "print(train(parse_config(Config, sys.argv[1:])))", *args, OMP_NUM_THREADS=1)
     assert result.returncode == 0, result.stderr
     return Path(result.stdout.splitlines()[-1])
-
-
-# one process, which imported everything and computed nothing, forks the runs: a kill costs no new imports
-KILLS = """
-import json, os, random, signal, sys, time
-from pathlib import Path
-from latent_dmmd.checkpoints import checkpoints_in
-from latent_dmmd.config import Config, parse_config
-from latent_dmmd.training import train
-
-count, longest, folder, *arguments = sys.argv[1:]
-moments = random.Random(0)
-for _ in range(int(count)):
-    child = os.fork()
-    if child == 0:
-        train(parse_config(Config, arguments))
-        os._exit(0)
-    time.sleep(moments.uniform(0, float(longest)))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    steps = [int(p.name.split("-")[1]) for p in checkpoints_in(Path(folder))]
-    print("killed", json.dumps({"complete": steps, "aside": len(list(Path(folder).glob(".checkpoint-*")))}), flush=True)
-"""
 
 
 @pytest.mark.parametrize("count", [6, pytest.param(60, marks=pytest.mark.long)])
 def test_killed_at_any_moment(arguments, tmp_path, count):
     """SIGKILL leaves a complete checkpoint behind, and what is trained in the end does not know of it."""
-    train(parse_config(Config, [*arguments, "--training.num_steps", "1"]))  # encodes the pictures
-    shutil.rmtree(tmp_path / "run")
-    result = script(KILLS, str(count), "4", str(tmp_path / "run"), *arguments, *RUNS_ON)
-    assert result.returncode == 0, result.stderr
-    states = [json.loads(line[6:]) for line in result.stdout.splitlines() if line.startswith("killed")]
-    assert len(states) == count
-    latest = [max(state["complete"], default=0) for state in states]
-    assert latest[-1] > 3, "every kill came before training"
+    folder, moments, states = tmp_path / "run", random.Random(0), []
+
+    def steps():
+        return [int(p.name.split("-")[1]) for p in checkpoints_in(folder)]
+
+    run("pass")  # the server that forks children imports everything first
+    # how long it takes from the start to the third checkpoint is this machine's measure of a moment
+    start = time.monotonic()
+    for kill in range(count):
+        child = Child(TRAIN_LATENT, *arguments, *RUNS_ON, OMP_NUM_THREADS=1)
+        if kill == 0:
+            wait_until(lambda: max(steps(), default=0) >= 3)
+            longest = 1.5 * (time.monotonic() - start)
+        else:
+            time.sleep(moments.uniform(0, longest))
+        child.send_signal(signal.SIGKILL)
+        assert child.wait().returncode == -signal.SIGKILL
+        states.append((max(steps(), default=0), len(list(folder.glob(".checkpoint-*")))))
+    latest = [step for step, _ in states]
     assert latest == sorted(latest)  # nothing that was saved is lost again
     if count > 50:
-        assert any(state["aside"] for state in states), "no kill inside a write"
-    steps = str(latest[-1] + 2)
-    killed = train_apart(*arguments, *EVERY_STEP, "--training.num_steps", steps)
+        assert any(aside for _, aside in states), "no kill inside a write"
+    last = str(latest[-1] + 2)
+    killed = train_apart(*arguments, *EVERY_STEP, "--training.num_steps", last)
     assert not list(killed.glob(".checkpoint-*"))
-    whole = ["--training.num_steps", steps, "--output_dir", str(tmp_path / "whole")]
-    whole = train_apart(*arguments, *EVERY_STEP, *whole)
+    whole = ["--training.num_steps", last, "--output_dir", str(tmp_path / "whole")]
+    whole = train_apart(*arguments, *EVERY_STEP, "--training.checkpointing_steps", "1000", *whole)
     for (name, a), b in zip(weights(whole).items(), weights(killed).values()):
         assert torch.equal(a, b), name
     assert metrics(whole) == metrics(killed)
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "no manifest", "never renamed"])
-def test_an_incomplete_checkpoint_is_passed_over_and_named(arguments, tmp_path, damage, capsys):
-    folder = train(parse_config(Config, arguments))
+def test_an_incomplete_checkpoint_is_passed_over_and_named(arguments, trained, damage, capsys):
+    folder = trained
     latest = folder / "checkpoint-6"
     if damage == "missing":
         (latest / "optimizer.bin").unlink()
@@ -112,8 +95,8 @@ def test_an_incomplete_checkpoint_is_passed_over_and_named(arguments, tmp_path, 
             train(parse_config(Config, [*arguments, "--resume_from_checkpoint", str(folder / "checkpoint-6")]))
 
 
-def test_damage_that_keeps_the_size_is_named(arguments, tmp_path):
-    folder = train(parse_config(Config, arguments))
+def test_damage_that_keeps_the_size_is_named(arguments, trained):
+    folder = trained
     path = folder / "checkpoint-6" / "averages.safetensors"
     path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(ConfigError, match="cannot read .*checkpoint-6.*older"):
@@ -131,8 +114,6 @@ def test_pruning_keeps_the_latest(arguments):
 IN_A_NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
 TRAIN = """
 import resource, signal, sys
-from latent_dmmd.config import Config, parse_config
-from latent_dmmd.training import train
 
 limit, *arguments = sys.argv[1:]
 if int(limit):
@@ -142,6 +123,13 @@ sys.path.insert(0, "scripts")
 from train_latent import run
 run(arguments)
 """
+
+
+def in_a_namespace(command, *args):
+    """A new interpreter in namespaces of its own, where `command` mounts something before "$@" trains."""
+    train = [sys.executable, "-c", TRAIN, "0", *args]
+    command = [*IN_A_NAMESPACE, command, "sh", *train]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=ROOT)
 
 
 def mounts():
@@ -168,7 +156,7 @@ def test_a_file_that_cannot_be_written(arguments, tmp_path, room):
     more, limit = [*EVERY_STEP, "--training.num_steps", "23"], max(map(len, before.values())) - 1000
     if room == "metrics":
         more, limit = [*more, "--training.checkpointing_steps", "100"], (folder / "metrics.jsonl").stat().st_size + 10
-    result = script(TRAIN, str(limit), *arguments, *more, cwd=ROOT)
+    result = run(TRAIN, limit, *arguments, *more, folder=ROOT)
     what = {"checkpoint": "checkpoint-21", "metrics": "metrics.jsonl"}[room]
     assert_one_line(result, f"cannot write {folder / what}", "the last checkpoint, checkpoint-20, is intact")
     assert not list(folder.glob(".*")) and before == {p: p.read_bytes() for p in (folder / "checkpoint-20").iterdir()}
@@ -185,7 +173,7 @@ def test_a_disk_that_fills(arguments, tmp_path):
     disk.mkdir(), kept.mkdir()
     command = f'mount -t tmpfs -o size={int(2.5 * one)} tmpfs {disk}; "$@"; code=$?; cp -a {disk}/. {kept}; exit $code'
     arguments = [*arguments, *EVERY_STEP, "--output_dir", str(disk / "run"), "--training.checkpoints_total_limit", "9"]
-    result = script(TRAIN, "0", *arguments, cwd=ROOT, prefix=(*IN_A_NAMESPACE, command, "sh"))
+    result = in_a_namespace(command, *arguments)
     last = assert_one_line(result, "cannot write", "0 MB free", "is intact")
     checkpoints = checkpoints_in(kept / "run")
     assert checkpoints and f"the last checkpoint, {checkpoints[-1].name}," in last
@@ -200,14 +188,14 @@ def test_a_disk_that_is_read_only(arguments, tmp_path, what):
     disk.mkdir()
     key = ["--output_dir"] if what == "run folder" else ["--data.cache_dir"]
     command = f'mount -t tmpfs -o ro tmpfs {disk}; "$@"'
-    result = script(TRAIN, "0", *arguments, *key, str(disk / "new"), cwd=ROOT, prefix=(*IN_A_NAMESPACE, command, "sh"))
+    result = in_a_namespace(command, *arguments, *key, str(disk / "new"))
     assert_one_line(result, "Read-only file system", str(disk / "new"))
 
 
 # several processes
 
 RANKS = """
-import sys
+import os, sys
 import torch
 from latent_dmmd.config import Config, parse_config
 from latent_dmmd import training
@@ -221,7 +209,7 @@ out, *arguments = sys.argv[1:]
 training.train(parse_config(Config, arguments))
 trainer = trainers[0]
 state = {**trainer.network.state_dict(), **{str(i): a for i, a in enumerate(trainer.ema.shadow_params)}}
-torch.save(state, f"{out}/{trainer.accelerator.process_index}.pt")
+torch.save(state, f"{out}/{os.environ['RANK']}.pt")
 """
 
 
@@ -234,11 +222,10 @@ def launch(path, *args, **options):
 
 @pytest.mark.parametrize("objective", ["witness-matching", pytest.param("dmmd", marks=pytest.mark.long)])
 def test_ranks_stay_identical_and_one_of_them_writes(arguments, tmp_path, objective):
-    path = tmp_path / "ranks.py"
-    path.write_text(RANKS)
-    process = launch(path, str(tmp_path), *arguments, "--objective.name", objective)
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
+    cache = ["--data.cache_dir", str(tmp_path / "cache"), "--objective.name", objective]
+    for child in ranks(RANKS, tmp_path, *arguments, *cache):
+        result = child.wait()
+        assert result.returncode == 0, result.stderr
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     run = tmp_path / "run"
@@ -246,7 +233,7 @@ def test_ranks_stay_identical_and_one_of_them_writes(arguments, tmp_path, object
     assert len(list((tmp_path / "cache").glob("moments-*"))) == 1 and (run / "samples.png").exists()
     # what two processes began, one goes on with
     shutil.rmtree(run / "checkpoint-6")
-    train(parse_config(Config, [*arguments, "--objective.name", objective]))
+    train(parse_config(Config, [*arguments, *cache]))
     assert [line["step"] for line in metrics(run)] == list(range(1, 7))
 
 
@@ -286,24 +273,35 @@ def sampled(pipe, how, **options):
     return pipe(4, generator=torch.Generator().manual_seed(0), **how, **options).images
 
 
-def sample_share(rank, world_size, folder, rendezvous):
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
-    pipe = load_pipeline(folder)
-    pipe.set_progress_bar_config(disable=True)
-    torch.save({name: sampled(pipe, how, across_ranks=True) for name, how in SAMPLINGS.items()}, f"{folder}/{rank}.pt")
-    try:
-        pipe(5, num_inference_steps=1, across_ranks=True)
-    except ValueError as error:
-        assert "multiple of the 2 processes" in str(error)
-    else:
-        raise AssertionError("5 particles for 2 processes")
-    dist.destroy_process_group()
+SHARE = """
+import sys
+import torch
+import torch.distributed as dist
+from test_faults import SAMPLINGS, sampled
+from latent_dmmd.pipeline import load_pipeline
+
+folder = sys.argv[1]
+dist.init_process_group("gloo")
+pipe = load_pipeline(folder)
+pipe.set_progress_bar_config(disable=True)
+shares = {name: sampled(pipe, how, across_ranks=True) for name, how in SAMPLINGS.items()}
+torch.save(shares, f"{folder}/{dist.get_rank()}.pt")
+try:
+    pipe(5, num_inference_steps=1, across_ranks=True)
+except ValueError as error:
+    assert "multiple of the 2 processes" in str(error)
+else:
+    raise AssertionError("5 particles for 2 processes")
+dist.destroy_process_group()
+"""
 
 
 def test_ranks_that_share_particles_make_the_pictures_of_one(tiny_vae, tmp_path):
     pipe = tiny_pipeline(tiny_vae)
     pipe.save_pretrained(tmp_path)
-    mp.spawn(sample_share, args=(2, str(tmp_path), str(tmp_path / "rendezvous")), nprocs=2)
+    for child in ranks(SHARE, tmp_path):
+        result = child.wait()
+        assert result.returncode == 0, result.stderr
     shares = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for name, how in SAMPLINGS.items():
         assert all(len(share[name]) == 2 for share in shares)
@@ -314,11 +312,11 @@ def test_ranks_that_share_particles_make_the_pictures_of_one(tiny_vae, tmp_path)
 def test_sample_script_on_two_processes(tiny_vae, tmp_path):
     tiny_pipeline(tiny_vae).save_pretrained(tmp_path / "pipeline")
     how = ["--pipeline", str(tmp_path / "pipeline"), "--num_images", "4", "--num_noise_levels", "4"]
-    process = launch(ROOT / "scripts" / "sample.py", *how, "--output_dir", str(tmp_path / "two"))
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    one = [sys.executable, str(ROOT / "scripts" / "sample.py"), *how, "--output_dir", str(tmp_path / "one")]
-    subprocess.run(one, check=True, env=ENVIRONMENT, capture_output=True)
+    script = ROOT / "scripts" / "sample.py"
+    one = Child(script, *how, "--output_dir", tmp_path / "one")
+    for child in [one, *ranks(script, *how, "--output_dir", tmp_path / "two")]:
+        result = child.wait()
+        assert result.returncode == 0, result.stderr
     names = [f"{i:05d}.png" for i in range(4)]
     assert sorted(p.name for p in (tmp_path / "two" / "images").iterdir()) == names
     from latent_dmmd.data import read_picture
@@ -331,7 +329,7 @@ def test_sample_script_on_two_processes(tiny_vae, tmp_path):
 def test_sharded_weights_are_refused(arguments, monkeypatch):
     from accelerate.utils import DistributedType
 
-    from latent_dmmd.training import check_distributed
+    from latent_dmmd.utils.process import check_distributed
 
     for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         with pytest.raises(ConfigError, match="differentiated twice.*configs/accelerate"):
@@ -352,8 +350,8 @@ class Malice:
 
 
 @pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl"])
-def test_a_checkpoint_from_elsewhere_runs_no_code(arguments, tmp_path, name):
-    folder = train(parse_config(Config, arguments))
+def test_a_checkpoint_from_elsewhere_runs_no_code(arguments, trained, tmp_path, name):
+    folder = trained
     checkpoint, done = folder / "checkpoint-6", tmp_path / "malice"
     (checkpoint / name).write_bytes(pickle.dumps(Malice(done)))
     manifest = checkpoint / "complete.json"

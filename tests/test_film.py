@@ -1,17 +1,14 @@
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import tiny_pipeline
 from PIL import Image
+from processes import ROOT, run
 
 from latent_dmmd.film import film, interpolation
 from latent_dmmd.latents import to_pixels, to_uint8
 from latent_dmmd.pictures import save_animation
 
-ROOT = Path(__file__).parents[1]
+FILM, EDIT = ROOT / "scripts" / "film.py", ROOT / "scripts" / "edit.py"
 
 
 @pytest.fixture
@@ -78,26 +75,19 @@ def test_an_animation_has_every_frame(tmp_path):
         assert file.n_frames == 3 and file.size == (64, 32)
 
 
-def run(name, *arguments):
-    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
 def test_the_script_films_and_interpolates(pipe, tiny_pictures, tmp_path):
     pipe.save_pretrained(tmp_path / "pipeline")
     common = ("--pipeline", tmp_path / "pipeline", "--num_inference_steps", 2)
-    result = run("film.py", *common, "--num_images", 2, "--output_dir", tmp_path / "flow")
+    result = run(FILM, *common, "--num_images", 2, "--output_dir", tmp_path / "flow")
     assert result.returncode == 0, result.stderr
     with Image.open(tmp_path / "flow" / "film.webp") as film, Image.open(tmp_path / "flow" / "strip.png") as strip:
         assert film.size == (64, 32) and strip.width == 3 * 128
     a, b = sorted(tiny_pictures.glob("*.png"))[:2]
-    result = run(
-        "film.py", *common, "--from_image", a, "--to_image", b, "--num_frames", 4, "--output_dir", tmp_path / "way"
-    )
+    result = run(FILM, *common, "--from_image", a, "--to_image", b, "--num_frames", 4, "--output_dir", tmp_path / "way")
     assert result.returncode == 0, result.stderr
     with Image.open(tmp_path / "way" / "film.webp") as file:
         assert file.n_frames == 4
-    result = run("film.py", *common, "--from_image", a, "--output_dir", tmp_path / "none")
+    result = run(FILM, *common, "--from_image", a, "--output_dir", tmp_path / "none")
     assert result.returncode == 2 and "give both" in result.stderr and not (tmp_path / "none").exists()
 
 
@@ -116,9 +106,9 @@ def test_the_edit_script_inpaints_and_enlarges(pipe, tiny_pictures, tmp_path):
         ("inpainted", ("--mask_image", tmp_path / "mask.png")),
         ("enlarged", ("--num_variations", 2)),
     ):
-        result = run("edit.py", *common, *options, "--output_dir", tmp_path / kind)
+        result = run(EDIT, *common, *options, "--output_dir", tmp_path / kind)
         assert result.returncode == 0, result.stderr
     assert len(list((tmp_path / "inpainted").glob("*.png"))) == 4
     assert len(list((tmp_path / "enlarged").glob("*.png"))) == 2
-    result = run("edit.py", *common, "--scale", 5, "--output_dir", tmp_path / "none")
+    result = run(EDIT, *common, "--scale", 5, "--output_dir", tmp_path / "none")
     assert result.returncode == 2 and "scale must" in result.stderr and not (tmp_path / "none").exists()

@@ -1,32 +1,21 @@
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import metrics, weights
 from PIL import Image
+from processes import ROOT, Child, run, wait_until
 
 from latent_dmmd import LatentDMMDPipeline
-from latent_dmmd.config import Config, ConfigError, parse_config
+from latent_dmmd.config import Config, parse_config
 from latent_dmmd.pipeline import load_pipeline
 from latent_dmmd.training import draw_batch, learning_rate_at, train
-
-ROOT = Path(__file__).parents[1]
-
-
-def script(name, *args, **environment):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", str(ROOT / "scripts" / name)]
-    if name != "train_latent.py":
-        command = [sys.executable, str(ROOT / "scripts" / name)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run([*command, *args], capture_output=True, text=True, env=env)
+from latent_dmmd.utils.errors import ConfigError
 
 
 @pytest.mark.parametrize("objective", [["dmmd"], ["witness-matching"], ["witness-matching", "batch"]])
@@ -151,13 +140,14 @@ def test_skipped_pictures_are_not_shown_either(arguments, tiny_pictures):
     """More bad pictures than good ones, so that some are among any eight."""
     for path in sorted(tiny_pictures.iterdir())[2:]:
         path.write_bytes(b"not a picture")
-    folder = train(parse_config(Config, [*arguments, "--data.on_bad_image", "skip"]))
+    data = ["--data.name_or_path", str(tiny_pictures), "--data.cache_dir", str(tiny_pictures.parent / "cache")]
+    folder = train(parse_config(Config, [*arguments, *data, "--data.on_bad_image", "skip"]))
     assert (folder / "samples.png").exists()
 
 
-def test_resume_is_exact(arguments, tmp_path):
+def test_resume_is_exact(arguments, trained, tmp_path):
     """6 steps = 3 steps, killed, 3 steps: bitwise, in weights and metrics."""
-    whole = train(parse_config(Config, arguments))
+    whole = trained
     broken = tmp_path / "broken"
     shutil.copytree(whole, broken)
     for name in ("checkpoint-6", "pipeline"):
@@ -168,8 +158,8 @@ def test_resume_is_exact(arguments, tmp_path):
     assert metrics(whole) == metrics(resumed)
 
 
-def test_a_metrics_line_that_was_cut_off_is_left_out(arguments, tmp_path):
-    whole = train(parse_config(Config, arguments))
+def test_a_metrics_line_that_was_cut_off_is_left_out(arguments, trained):
+    whole = trained
     lines = (whole / "metrics.jsonl").read_text().splitlines()
     (whole / "metrics.jsonl").write_text("\n".join(lines[:3]) + '\n{"step": 4, "matc')
     shutil.rmtree(whole / "checkpoint-6")
@@ -187,14 +177,12 @@ def test_a_metrics_line_that_was_cut_off_is_left_out(arguments, tmp_path):
 def test_sigterm_finishes_the_step_and_saves(arguments, tmp_path):
     extra = ["--training.learning_rate_schedule", "constant", "--training.checkpointing_steps", "100000"]
     extra += ["--training.num_steps"]
-    command = [sys.executable, str(ROOT / "scripts" / "train_latent.py"), *arguments, *extra, "100000"]
-    metrics, env = tmp_path / "run" / "metrics.jsonl", {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env) as process:
-        while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "run the same command again" in output
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    child = Child(ROOT / "scripts" / "train_latent.py", *arguments, *extra, "100000")
+    wait_until(lambda: not child.running() or (metrics.exists() and metrics.stat().st_size))
+    child.send_signal(signal.SIGTERM)
+    returncode, output, errors = child.wait()
+    assert returncode == 0 and "run the same command again" in output, errors
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     step = int(checkpoint.name.split("-")[1])
     assert f"stopped at step {step}, saved" in output
@@ -203,8 +191,8 @@ def test_sigterm_finishes_the_step_and_saves(arguments, tmp_path):
     assert (resumed / "pipeline").exists()
 
 
-def test_refuses_another_configuration_in_the_same_folder(arguments, tmp_path):
-    folder = train(parse_config(Config, arguments))
+def test_refuses_another_configuration_in_the_same_folder(arguments, trained, tmp_path):
+    folder = trained
     before = (folder / "config.yaml").read_text()
     with pytest.raises(ConfigError, match="training.learning_rate"):
         train(parse_config(Config, [*arguments, "--training.learning_rate", "0.5"]))
@@ -256,15 +244,17 @@ def test_learning_rate():
 
 
 def test_scripts_end_to_end(arguments, tmp_path):
-    trained = script("train_latent.py", *arguments, "--training.mixed_precision", "bf16")
+    """The documented command in a new interpreter, with all that the launcher does to it."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    command += [str(ROOT / "scripts" / "train_latent.py"), *arguments, "--training.mixed_precision", "bf16"]
+    trained = subprocess.run(command, capture_output=True, text=True)
     assert trained.returncode == 0, trained.stderr
     last = trained.stdout.strip().splitlines()[-2:]
     assert "samples.png" in last[0] and "scripts/sample.py" in last[1]
     out = tmp_path / "samples"
-    sampled = script(
-        "sample.py", "--pipeline", str(tmp_path / "run" / "pipeline"), "--num_images", "3", "--output_dir", str(out),
-        "--num_noise_levels", "4", "--steps_per_level", "1", "--seed", "1",
-    )  # fmt: skip
+    how = ["--num_images", "3", "--num_noise_levels", "4", "--steps_per_level", "1", "--seed", "1"]
+    pipeline = ["--pipeline", tmp_path / "run" / "pipeline", "--output_dir", out]
+    sampled = run(ROOT / "scripts" / "sample.py", *pipeline, *how)
     assert sampled.returncode == 0, sampled.stderr
     assert sorted(p.name for p in (out / "images").iterdir()) == ["00000.png", "00001.png", "00002.png"]
     assert Image.open(out / "images" / "00000.png").size == (32, 32) and (out / "grid.png").exists()

@@ -1,0 +1,112 @@
+"""What a call takes from the process it runs in, and leaves as it was: device, precision, threads, Accelerate's state.
+
+Accelerate keeps device, ranks and precision once per process and refuses a second `Accelerator` of another precision.
+A notebook could then train once per kernel. `own_accelerator` therefore drops its state when its call ends.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType, parse_flag_from_env
+
+from latent_dmmd.utils.errors import ConfigError, check
+
+AUTO_PRECISION = "LATENT_DMMD_AUTO_PRECISION"  # environment variable: what "auto" stands for
+
+
+def default_device() -> torch.device:
+    """The GPU of this process if there is one and `ACCELERATE_USE_CPU` is not set, or the CPU."""
+    if torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def resolved_precision(mixed_precision: str) -> str:
+    """What a precision stands for on this machine.
+
+    Args:
+        mixed_precision: "no", "bf16", or "auto": bf16 where the hardware computes in it, "no" where it is emulated and
+            therefore slower. The environment variable `LATENT_DMMD_AUTO_PRECISION` overrides "auto".
+
+    Raises:
+        ConfigError: If that variable is neither "no" nor "bf16".
+    """
+    if mixed_precision != "auto":
+        return mixed_precision
+    forced = os.environ.get(AUTO_PRECISION)
+    if forced:
+        check(forced in ("no", "bf16"), f"{AUTO_PRECISION} must be no or bf16; got {forced!r}")
+        return forced
+    if default_device().type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
+
+
+@contextmanager
+def kept_threads() -> Iterator[None]:
+    """Context that restores PyTorch's number of threads."""
+    num_threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+@contextmanager
+def kept_state() -> Iterator[None]:
+    """Context that drops the state of Accelerate that was made in it; what the caller had made before stays."""
+    had_partial, had_accelerator = bool(PartialState._shared_state), bool(AcceleratorState._shared_state)
+    had_gradient = bool(GradientState._shared_state)
+    try:
+        yield
+    finally:
+        if not had_accelerator:
+            AcceleratorState._reset_state()
+        if not had_gradient:
+            GradientState._reset_state()
+        if not had_partial:
+            PartialState._reset_state()
+
+
+@contextmanager
+def own_accelerator(mixed_precision: str = "auto", **options: object) -> Iterator[Accelerator]:
+    """Context with an Accelerator that leaves no trace in the process, and with all cores on a CPU.
+
+    Args:
+        mixed_precision: "auto", "no" or "bf16".
+        options: Further arguments of `Accelerator`.
+
+    Raises:
+        ConfigError: If the caller's own Accelerator has another precision, or shards the network.
+    """
+    precision, in_use = resolved_precision(mixed_precision), AcceleratorState._shared_state.get("_mixed_precision")
+    if in_use not in (None, precision):
+        raise ConfigError(
+            f"this process has an Accelerator of mixed precision {in_use}, and this call needs {precision}: pass "
+            f"training.mixed_precision={in_use}, or call it where no Accelerator has been made"
+        )
+    with kept_state(), kept_threads():
+        accelerator = Accelerator(mixed_precision=precision, **options)
+        check_distributed(accelerator.distributed_type)
+        if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
+            use_all_cores()
+        yield accelerator
+
+
+def use_all_cores() -> None:
+    """Undo the one thread that `accelerate launch` gives a single process on a machine without accelerator."""
+    if os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+
+
+def check_distributed(kind: DistributedType) -> None:
+    """Raise ConfigError for wrappers that shard the network."""
+    if kind not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ConfigError(
+            f"distributed_type {kind.value} is not supported: the witness gradient is differentiated twice, which "
+            "sharded weights do not survive; use MULTI_GPU or MULTI_CPU, see configs/accelerate"
+        )
