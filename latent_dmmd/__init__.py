@@ -4,7 +4,8 @@ A kernel on learned features, a noise level, a flow.
 """
 
 from latent_dmmd.editing import LatentDMMDInpaintPipeline, LatentDMMDUpscalePipeline
-from latent_dmmd.features import FeatureNet, MeanEmbeddings
+from latent_dmmd.embeddings import MeanEmbeddings
+from latent_dmmd.features import FeatureNet
 from latent_dmmd.pipeline import LatentDMMDPipeline
 
 __version__ = "0.1.0"

@@ -18,30 +18,27 @@ with one step.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from diffusers import DDPMScheduler
-from diffusers.configuration_utils import register_to_config
-from diffusers.models.modeling_utils import ModelMixin  # noqa: F401  where diffusers looks when it loads a VelocityNet
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
 
-from latent_dmmd.features import FeatureNet, PatchUNet
-from latent_dmmd.objective import DMMD, Batch, Objective, Terms
+from latent_dmmd.features import FeatureNet
+from latent_dmmd.forward import LinearInterpolant
+from latent_dmmd.nn.unet import PatchUNet, UNetConfig
+from latent_dmmd.objective import DMMD, Batch, Generators, Objective, Particles, Terms
 
 
-class VelocityNet(PatchUNet):
+class VelocityNet(PatchUNet, ModelMixin, ConfigMixin):
     """Velocity v(x_t, t) from the U-Net of `FeatureNet`, whose maps are its output.
 
     Args:
-        sample_size: Side of the particles.
-        in_channels: Channels C of the particles.
-        patch_size: Side of the non-overlapping patches that become the U-Net's pixels.
-        block_out_channels: Width at each level; the resolution halves from one to the next.
-        layers_per_block: Residual blocks a level, on the way down and again on the way up.
-        attention_levels: Whether a level has attention, for each level.
-        num_groups: Groups of the normalisation.
-        conv_in_kernel: Side of the first convolution in patches; 1 is a plain patch embedding.
+        sample_size, in_channels, patch_size, block_out_channels, layers_per_block, attention_levels, num_groups,
+            conv_in_kernel: As of `UNetConfig`.
 
     Raises:
         ValueError: If the sizes do not fit each other.
@@ -50,27 +47,17 @@ class VelocityNet(PatchUNet):
     @register_to_config
     def __init__(
         self,
-        sample_size: int = 16,
-        in_channels: int = 8,
-        patch_size: int = 1,
-        block_out_channels: tuple[int, ...] = (64, 128),
-        layers_per_block: int = 2,
-        attention_levels: tuple[bool, ...] = (False, True),
+        sample_size: int,
+        in_channels: int,
+        patch_size: int,
+        block_out_channels: tuple[int, ...],
+        layers_per_block: int,
+        attention_levels: tuple[bool, ...],
         num_groups: int = 8,
         conv_in_kernel: int = 3,
     ) -> None:
-        out_channels = in_channels * patch_size**2
-        super().__init__(
-            sample_size,
-            in_channels,
-            out_channels,
-            patch_size,
-            block_out_channels,
-            layers_per_block,
-            attention_levels,
-            num_groups,
-            conv_in_kernel,
-        )
+        unet = UNetConfig.of(self.config)
+        super().__init__(unet, out_channels=unet.patch_dim)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """v(x, t), shaped like x (B, C, H, W), for noise levels t of shape (B) or (), in float32 or better."""
@@ -94,66 +81,95 @@ class GeneratorAndCritic(nn.Module):
         self.critic = critic
 
 
-class FlowMatching(Objective):
-    """Flow matching, in the place of a DMMD objective: `feature_net` is a `VelocityNet`.
+class TimedPairs(NamedTuple):
+    """Pairs at times: what a step of flow matching or DDPM draws.
 
-    Each pair of the batch is taken at t = u ~ U[0, 1], whatever its level. Terms: `flow_matching`, the unexplained
-    fraction of ε − x_0, and the diagnostic `cosine`.
+    Attributes:
+        x_0: Clean particles, with shape (N, C, H, W).
+        eps: Standard normal noise, shaped like x_0.
+        u: Uniform numbers in [0, 1), with shape (N), which times are made of.
     """
 
-    def forward(self, batch: Batch) -> Terms:
-        x_0, eps, t = batch.x_0.flatten(0, 1), batch.eps.flatten(0, 1), batch.u.flatten()
+    x_0: Tensor
+    eps: Tensor
+    u: Tensor
+
+
+def timed_pairs(batch: Batch) -> TimedPairs:
+    """The pairs of a witness objective's batch, each at the time u."""
+    return TimedPairs(batch.x_0.flatten(0, 1), batch.eps.flatten(0, 1), batch.u.flatten())
+
+
+class TimedObjective(Objective):
+    """Base class of objectives whose every pair has a time of its own."""
+
+    def draw(self, particles: Particles, num_levels: int, num_pairs: int, generators: Generators) -> TimedPairs:
+        x_0, eps = particles.draw_with_noise(num_levels * num_pairs, generators.own)
+        return TimedPairs(x_0, eps, torch.rand(len(x_0), generator=generators.own, device="cpu"))
+
+
+class FlowMatching(TimedObjective):
+    """Flow matching: `net` is a `VelocityNet`, and every pair is taken at t = u ~ U[0, 1].
+
+    Terms: `flow_matching`, the unexplained fraction of ε − x_0, and the diagnostic `cosine`.
+    """
+
+    def forward(self, batch: TimedPairs) -> Terms:
+        x_0, eps, t = batch
         x_t = torch.lerp(x_0, eps, rearrange(t, "b -> b 1 1 1"))
-        v, displacement = self.feature_net(x_t, t), eps - x_0
+        v, displacement = self.net(x_t, t), eps - x_0
         matching = (v - displacement).square().mean() / 2
         with torch.no_grad():
             cosine = torch.cosine_similarity(v.flatten(1), displacement.flatten(1)).mean()
         return Terms(matching, {"flow_matching": matching.detach(), "cosine": cosine})
 
 
-class DDPM(Objective):
-    """Noise prediction, in the place of a DMMD objective: `feature_net` is a `VelocityNet` whose output is ε̂(x_t, t).
+class DDPM(TimedObjective):
+    """Noise prediction: `net` is a `VelocityNet` whose output is ε̂(x_t, t), at one of the scheduler's times.
 
-    Each pair of the batch is taken at one of the scheduler's times, whatever its level. Terms: `noise_prediction`, the
-    unexplained fraction of ε.
+    Terms: `noise_prediction`, the unexplained fraction of ε.
 
     Args:
+        net: The network.
         scheduler: The forward process; the network sees its times divided by their number.
     """
 
-    def __init__(self, *args, scheduler: DDPMScheduler | None = None, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, net: nn.Module, scheduler: DDPMScheduler | None = None) -> None:
+        super().__init__(net)
         self.scheduler = scheduler or DDPMScheduler()
 
-    def forward(self, batch: Batch) -> Terms:
-        x_0, eps, u = batch.x_0.flatten(0, 1), batch.eps.flatten(0, 1), batch.u.flatten()
+    def forward(self, batch: TimedPairs) -> Terms:
+        x_0, eps, u = batch
         num_times = self.scheduler.config.num_train_timesteps
         times = (u * num_times).long().clamp(max=num_times - 1)
         x_t = self.scheduler.add_noise(x_0, eps, times)
-        error = (self.feature_net(x_t, times / num_times) - eps).square().mean()
+        error = (self.net(x_t, times / num_times) - eps).square().mean()
         return Terms(error, {"noise_prediction": error.detach()})
 
 
 class MMDGAN(DMMD):
-    """A generator against features as critic, in the place of a DMMD objective.
+    """A generator against features as critic; `net` is the critic.
 
-    All pairs of the batch are one batch at noise level 0: the noise ε of each is what the generator is given. Terms:
-    `mmd2` (or `kale`), which the critic raises and the generator lowers; `gradient_penalty`; and the diagnostic
+    All pairs of a step are one batch at noise level 0, and their noise ε is what the generator is given. Terms: `mmd2`
+    (or `kale`), which the critic raises and the generator lowers; `gradient_penalty`; and the diagnostic
     `gradient_norm`.
 
     Args:
         network: Both networks.
-        args, options: As `DMMD`; `feature_weight` is not used.
+        options: As of `DMMD`; `feature_weight` is not used.
     """
 
-    def __init__(self, network: GeneratorAndCritic, *args, **options) -> None:
-        super().__init__(network.critic, *args, **options)
+    def __init__(self, network: GeneratorAndCritic, **options) -> None:
+        super().__init__(network.critic, LinearInterpolant(), num_noise_levels=1, **options)
         self.generator = network.generator
 
+    def draw(self, particles: Particles, num_levels: int, num_pairs: int, generators: Generators) -> Batch:
+        x_0, eps = particles.draw_with_noise(num_levels * num_pairs, generators.own)
+        u = torch.rand(len(x_0), generator=generators.own, device="cpu")
+        return Batch(x_0[None], torch.zeros(1, dtype=torch.long, device="cpu"), eps[None], u[None])
+
     def forward(self, batch: Batch) -> Terms:
-        x_0, eps, u = (rearrange(a, "l b ... -> 1 (l b) ...") for a in (batch.x_0, batch.eps, batch.u))
-        generated = eps - self.generator(eps[0], eps.new_ones(()))
-        batch = Batch(x_0, torch.zeros(1, dtype=torch.long, device=x_0.device), eps, u)
+        generated = batch.eps - self.generator(batch.eps[0], batch.eps.new_ones(()))
         x_g = generated.detach().requires_grad_()
         phi_0, phi_g = self.both_features(batch, x_g)
         value = self.discrepancy.value(phi_g, phi_0).mean()
@@ -165,8 +181,8 @@ class MMDGAN(DMMD):
         return Terms(total, {name: term.detach() for name, term in named.items()})
 
     def features(self, batch: Batch, x: Tensor, net: nn.Module | None = None) -> Tensor:
-        """φ at noise level 0, whatever the batch's: (1, B, C, H, W) to (1, B, F)."""
-        return (net or self.feature_net)(x.flatten(0, 1), x.new_zeros(())).unflatten(0, x.shape[:2])
+        """φ at noise level 0: (1, B, C, H, W) to (1, B, F)."""
+        return (net or self.net)(x.flatten(0, 1), x.new_zeros(())).unflatten(0, x.shape[:2])
 
 
 class GaussianFit:

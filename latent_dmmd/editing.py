@@ -1,17 +1,17 @@
-"""Edits of pictures by a trained flow, which is held to what is given of them: inpainting and super-resolution.
+"""Edits of images by a trained flow, which is held to what is given of them: inpainting and super-resolution.
 
 Nothing is trained. A step that brings a particle z from noise level s to s' says which clean particle it makes for,
-x̂_0 = z − s dz/ds, and which noise it takes z to hold, ε̂ = (z − (1 − s) x̂_0) / s. The picture of x̂_0 is replaced by the
+x̂_0 = z − s dz/ds, and which noise it takes z to hold, ε̂ = (z − (1 − s) x̂_0) / s. The image of x̂_0 is replaced by the
 nearest one, Π, that agrees with what is given,
 
     x̂_0 ← x̂_0 + E(Π(D(x̂_0))) − E(D(x̂_0)),      z ← (1 − s') x̂_0 + s' ((1 − η²)^½ ε̂ + η ε),      ε ~ N(0, I)
 
 This is DDNM (Wang et al., 2023) through a frozen autoencoder, with its encoder E in the place of the decoder's inverse;
-the difference of two encodings leaves a particle alone where its picture agrees, although E ∘ D is not the identity.
-Fresh noise, η > 0, lets what is made grow together with what is given. The picture at the end is Π(D(z)).
+the difference of two encodings leaves a particle alone where its image agrees, although E ∘ D is not the identity.
+Fresh noise, η > 0, lets what is made grow together with what is given. The image at the end is Π(D(z)).
 
-A step of any flow of the linear forward process will do, that of DMMD or of flow matching. The witness is the stored
-one: an exact witness would pull the mean embedding of the edited particles to that of all data.
+A step of any flow of the linear forward process will do, whether of DMMD or of flow matching. The witness is the stored
+one: an exact witness would pull the mean embedding of the edited particles towards the mean embedding of all data.
 """
 
 from collections.abc import Callable
@@ -52,8 +52,8 @@ class KnownPixels:
 
 
 @dataclass(frozen=True)
-class SmallerPicture:
-    """Π for super-resolution: pictures that shrink to the given ones, by back-projection (Irani & Peleg, 1991).
+class SmallerImage:
+    """Π for super-resolution: images that shrink to the given ones, by back-projection (Irani & Peleg, 1991).
 
     Args:
         small: Pixels in [-1, 1], with shape (B, 3, h, w).
@@ -74,8 +74,8 @@ def resized(pixels: Tensor, side: int) -> Tensor:
     return F.interpolate(pixels, (side, side), mode="bicubic", antialias=True, align_corners=False)
 
 
-Pictures = Image.Image | list[Image.Image] | np.ndarray | Tensor
-CHUNK_SIZE = 16  # pictures that pass through the autoencoder at once
+ImageInput = Image.Image | list[Image.Image] | np.ndarray | Tensor
+CHUNK_SIZE = 16  # images that pass through the autoencoder at once
 
 
 class Editing(LatentPipeline):
@@ -95,7 +95,7 @@ class Editing(LatentPipeline):
 
         Args:
             pixels: What the flow begins with, noised to `strength`, in [-1, 1], with shape (B, 3, H, W).
-            constrain: Π, from pixels of the pictures of a slice to pixels.
+            constrain: Π, from pixels of the images of a slice to pixels.
             strength, num_inference_steps, eta, generator, callback: As of the calls.
         """
         if not 0 <= eta <= 1:
@@ -125,24 +125,13 @@ class Editing(LatentPipeline):
             before = self.after_step(callback, i, t, (1 - end) * corrected(clean) + end * eps)
             return {"latents": before}
 
-        z = (
-            super()
-            .__call__(
-                len(x_0),
-                num_inference_steps=num_inference_steps,
-                latents=before,
-                start=strength,
-                output_type="latent",
-                callback_on_step_end=after_step,
-            )
-            .images
-        )
+        z = self.move(before, num_inference_steps, strength, after_step)
         return torch.cat([constrain(self.decode_to_pixels(z[chunk]), chunk) for chunk in chunks])
 
-    def given_pixels(self, image: Pictures, side: int, num_variations: int, what: str = "image") -> Tensor:
-        """Pixels in [-1, 1] of given pictures, each `num_variations` times; a mask: 0 or 1, with one channel.
+    def given_pixels(self, image: ImageInput, side: int, num_variations: int, what: str = "image") -> Tensor:
+        """Pixels in [-1, 1] of given images, each `num_variations` times; a mask: 0 or 1, with one channel.
 
-        PIL pictures are resized. Raises ValueError if others are not of this side, or `num_variations` is not positive.
+        PIL images are resized. Raises ValueError if others are not of this side, or `num_variations` is not positive.
         """
         if num_variations < 1:
             raise ValueError(f"num_variations must be at least 1; got {num_variations}")
@@ -163,13 +152,13 @@ class Editing(LatentPipeline):
 
 
 class Inpainting(Editing):
-    """Mixin: the masked parts of pictures are made anew."""
+    """Mixin: the masked parts of images are replaced."""
 
     @torch.no_grad()
     def __call__(
         self,
-        image: Pictures,
-        mask_image: Pictures,
+        image: ImageInput,
+        mask_image: ImageInput,
         strength: float = 1.0,
         num_inference_steps: int = 25,
         num_variations: int = 1,
@@ -179,32 +168,32 @@ class Inpainting(Editing):
         return_dict: bool = True,
         callback_on_step_end: Callable[[LatentPipeline, int, float, dict], dict] | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Make the masked parts of pictures anew; given pixels stay as they are.
+        """Replace the masked parts of images; all other pixels stay as they are.
 
         Args:
-            image: Pictures: PIL, or arrays (B, H, W, 3) or tensors (B, 3, H, W) in [0, 1]. PIL pictures are resized.
-            mask_image: Masks alike, with one channel; above one half is made anew.
+            image: Images: PIL, or arrays (B, H, W, 3) or tensors (B, 3, H, W) in [0, 1]. PIL images are resized.
+            mask_image: Masks of the same kinds, with one channel; what is above one half is replaced.
             strength: Noise level that the flow begins at, in (0, 1]; at 1, what is under the mask has no influence.
             num_inference_steps: Evaluations of the network.
-            num_variations: Pictures made of each given one; they follow each other in the result.
+            num_variations: Images made of each given one; they follow each other in the result.
             eta: Share of fresh noise after a step, in [0, 1]; 0 is deterministic.
-            generator: Source of the noise; a list gives every picture of the result its own.
+            generator: Source of the noise; a list gives every image of the result its own.
             output_type: "pil", "np" (B, H, W, 3) in [0, 1] or "pt" (B, 3, H, W) in [0, 1].
             return_dict: Whether to return an `ImagePipelineOutput` rather than a tuple.
             callback_on_step_end: Called as f(pipeline, step, t, {"latents": z}); may return {"latents": z'}.
 
         Returns:
-            The pictures as `.images`.
+            The images as `.images`.
 
         Raises:
-            ValueError: If an argument is out of range, or pictures and masks do not fit each other and the pipeline.
+            ValueError: If an argument is out of range, or images and masks do not fit each other and the pipeline.
         """
         check_output_type(output_type, latent=False)
         side = self.resolution
         pixels = self.given_pixels(image, side, num_variations)
         mask = self.given_pixels(mask_image, side, num_variations, "mask_image")
         if len(mask) not in (1, num_variations, len(pixels)):
-            raise ValueError(f"{len(pixels)} pictures need as many masks, or one; got {len(mask)}")
+            raise ValueError(f"{len(pixels)} images need as many masks, or one; got {len(mask)}")
         known = KnownPixels(pixels, mask.repeat(len(pixels) // len(mask), 1, 1, 1))
         begin = pixels if strength < 1 else known(torch.zeros_like(pixels))
         how = (strength, num_inference_steps, eta, generator, callback_on_step_end)
@@ -212,12 +201,12 @@ class Inpainting(Editing):
 
 
 class Upscaling(Editing):
-    """Mixin: small pictures are enlarged."""
+    """Mixin: small images are enlarged."""
 
     @torch.no_grad()
     def __call__(
         self,
-        image: Pictures,
+        image: ImageInput,
         scale: int = 4,
         strength: float = 1.0,
         num_inference_steps: int = 25,
@@ -228,26 +217,21 @@ class Upscaling(Editing):
         return_dict: bool = True,
         callback_on_step_end: Callable[[LatentPipeline, int, float, dict], dict] | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Enlarge small pictures to the pipeline's resolution; made smaller again, they are the given ones.
+        """Enlarge small images to the pipeline's resolution; made smaller again, they are the given ones.
 
         Args:
-            image: Pictures: PIL, or arrays (B, h, w, 3) or tensors (B, 3, h, w) in [0, 1]. PIL pictures are resized
+            image: Images: PIL, or arrays (B, h, w, 3) or tensors (B, 3, h, w) in [0, 1]. PIL images are resized
                 to the pipeline's resolution divided by `scale`.
             scale: Factor.
-            strength: Noise level that the flow begins at, in (0, 1], with the picture enlarged bicubically.
-            num_inference_steps: Evaluations of the network.
-            num_variations: Pictures made of each given one; they follow each other in the result.
-            eta: Share of fresh noise after a step, in [0, 1]; 0 is deterministic.
-            generator: Source of the noise; a list gives every picture of the result its own.
-            output_type: "pil", "np" (B, H, W, 3) in [0, 1] or "pt" (B, 3, H, W) in [0, 1].
-            return_dict: Whether to return an `ImagePipelineOutput` rather than a tuple.
-            callback_on_step_end: Called as f(pipeline, step, t, {"latents": z}); may return {"latents": z'}.
+            strength: Noise level that the flow begins at, in (0, 1], with the image enlarged bicubically.
+            num_inference_steps, num_variations, eta, generator, output_type, return_dict, callback_on_step_end: As for
+                inpainting.
 
         Returns:
-            The pictures as `.images`.
+            The images as `.images`.
 
         Raises:
-            ValueError: If an argument is out of range, or pictures do not fit the pipeline.
+            ValueError: If an argument is out of range, or images do not fit the pipeline.
         """
         check_output_type(output_type, latent=False)
         side = self.resolution
@@ -255,7 +239,7 @@ class Upscaling(Editing):
             raise ValueError(f"scale must be at least 2 and divide {side}; got {scale}")
         small = self.given_pixels(image, side // scale, num_variations)
         how = (strength, num_inference_steps, eta, generator, callback_on_step_end)
-        pixels = self.edit(resized(small, side), SmallerPicture(small), *how)
+        pixels = self.edit(resized(small, side), SmallerImage(small), *how)
         return self.edited(pixels, output_type, return_dict)
 
 

@@ -1,7 +1,7 @@
 """Forward processes x_t | x_0, from data at t = 0 to noise at t = 1.
 
 DMMD needs draws of x_t and nothing else: no derivative in t, no density. A process is therefore one method,
-`sample(x_0, t, eps)`, and one number a level, the root-mean-square displacement d(t), which calibrates step sizes.
+`sample(x_0, t, eps)`, and one number per level, the root-mean-square displacement d(t), which calibrates step sizes.
 Latents are standardised, so E x_0 = 0 and E x_0² = 1 per element. Every process ends in x_1 ~ N(0, I), where the flow
 starts.
 """

@@ -59,7 +59,7 @@ class GaussianKernel(Kernel):
     """k(x, y) = Σ_b exp(−‖x − y‖² / (2 b²)), summed over the bandwidths b.
 
     Args:
-        bandwidth: One bandwidth, several, or "median": the median distance of the pooled points, found anew for
+        bandwidth: One bandwidth, several, or "median": the median distance of the pooled points, computed for
             each discrepancy and each problem of a batch, and treated as a constant (Gretton et al., 2012, sec. 8).
 
     Raises:

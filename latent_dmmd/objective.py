@@ -20,15 +20,13 @@ unit length at every level and the loss is the unexplained fraction of the displ
 
 **Segments.** The same holds for the part of the segment with u ≥ u_k. Where u_k = d(t_{k−1}) / d(t_k), that part is the
 piece of the way on which the flow uses the witness of level t_k, from x_t to the next level's x_t'. The objective is
-then that of neighbouring levels, and φ(·, t_k) need not represent the field at all lower levels, too.
+then one of neighbouring levels, and φ(·, t_k) need not represent the field at all lower levels as well.
 
-**Mean embeddings.** The witness depends on the distributions of X_t and X_0 at level t, which three sources estimate,
-behind one interface, `EmbeddingSource`: the batch with gradient (the paper's: three forwards of φ a step), the batch
-through the averaged network without (one forward with gradient, two without), and running embeddings per level from the
-averaged network, refreshed every few steps (one forward with gradient, and the least noise).
+**Mean embeddings.** The witness depends on the distributions of X_t and X_0 at level t, which one of three sources
+estimates: `embedding_sources.py`.
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -37,18 +35,41 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
 from latent_dmmd.discrepancy import MMD, Discrepancy, Witness
+from latent_dmmd.embedding_sources import AveragedEmbeddings, BatchEmbeddings, RunningEmbeddings
 from latent_dmmd.forward import ForwardProcess, noise_levels
 
 MeanEmbeddingSource = Literal["running", "ema", "batch"]
 Segment = Literal["level", "whole"]
 
 
-class Batch(NamedTuple):
-    """What one training step draws.
+class Particles(Protocol):
+    """What objectives draw from; `latent_dmmd.data.particles` has the implementations."""
 
-    x_0: clean particles, with shape (L, B, C, H, W). level: indices into the noise levels, with shape (L). eps:
-    standard normal noise, shaped like x_0. u: positions on the segments in [0, 1], with shape (L, B). label: the class
-    of the pairs at each level, with shape (L); None if there are no classes.
+    labels: Tensor | None
+
+    def num_classes(self) -> int: ...
+
+    def draw(self, count: int, generator: torch.Generator, label: int | None = None) -> Tensor: ...
+
+    def draw_with_noise(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]: ...
+
+
+class Generators(NamedTuple):
+    """Where one step's randomness comes from: `shared` is the same on every rank, `own` differs."""
+
+    shared: torch.Generator
+    own: torch.Generator
+
+
+class Batch(NamedTuple):
+    """Pairs at noise levels: what a step of a witness objective draws.
+
+    Attributes:
+        x_0: Clean particles, with shape (L, B, C, H, W).
+        level: Indices into the noise levels, with shape (L).
+        eps: Standard normal noise, shaped like x_0.
+        u: Positions on the segments in [0, 1], with shape (L, B).
+        label: The class of the pairs at each level, with shape (L), where C is any class; None without classes.
     """
 
     x_0: Tensor
@@ -77,15 +98,51 @@ def across_ranks(phi: Tensor) -> Tensor:
 
 
 class Objective(nn.Module):
-    """Base class: the features, the forward process, the grid of noise levels and the discrepancy.
+    """Base class of everything that is trained: a network, the batch of one step, and its loss.
 
-    The whole loss is computed in `forward`, so that wrappers which synchronise gradients see every use of φ.
+    The whole loss is computed in `forward`, so that wrappers which synchronise gradients see every use of the network.
+
+    Args:
+        net: The network.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.register_load_state_dict_pre_hook(rename_net)
+
+    def draw(self, particles: Particles, num_levels: int, num_pairs: int, generators: Generators) -> NamedTuple:
+        """The batch of one step on one rank, on the CPU.
+
+        Args:
+            particles: What to draw from.
+            num_levels: L.
+            num_pairs: B, pairs per level; objectives without noise levels draw L · B pairs.
+            generators: Sources of randomness.
+        """
+        raise NotImplementedError
+
+    def forward(self, batch: NamedTuple) -> Terms:
+        """The loss of a batch from `draw`."""
+        raise NotImplementedError
+
+
+def rename_net(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Let checkpoints of 0.1, which call every network `feature_net`, be resumed."""
+    old = prefix + "feature_net."
+    for name in [name for name in state if name.startswith(old)]:
+        state[prefix + "net." + name.removeprefix(old)] = state.pop(name)
+
+
+class WitnessObjective(Objective):
+    """Base class of objectives on a witness: features, forward process, grid of noise levels and discrepancy.
 
     Args:
         feature_net: φ, from (B, C, H, W) and (B) to (B, F).
         process: The forward process.
         num_noise_levels: Size T of the grid t_k = k / T.
         discrepancy: Whose witness it is; the MMD of the linear kernel by default.
+        label_dropout: With classes: share of a step's noise levels whose pairs are of any class, in [0, 1].
     """
 
     def __init__(
@@ -94,16 +151,33 @@ class Objective(nn.Module):
         process: ForwardProcess,
         num_noise_levels: int,
         discrepancy: Discrepancy | None = None,
+        label_dropout: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.feature_net = feature_net
+        super().__init__(feature_net)
         self.process = process
         self.discrepancy = discrepancy or MMD()
-        levels = noise_levels(num_noise_levels, torch.get_default_device())  # where parameters are made, too
+        self.label_dropout = label_dropout
+        levels = noise_levels(num_noise_levels, torch.get_default_device())  # where parameters are made as well
         self.register_buffer("levels", levels, persistent=False)
 
-    def forward(self, batch: Batch) -> Terms:
-        raise NotImplementedError
+    def draw(self, particles: Particles, num_levels: int, num_pairs: int, generators: Generators) -> Batch:
+        """Levels, stratified over the grid, and classes are the same on every rank."""
+        shared, own = generators
+        grid = len(self.levels)
+        strata = torch.arange(num_levels, device="cpu") + torch.rand(num_levels, generator=shared, device="cpu")
+        level = (strata * grid / num_levels).long().clamp(max=grid - 1)
+        label = None
+        if particles.labels is None:
+            drawn = particles.draw_with_noise(num_levels * num_pairs, own)
+            x_0, eps = (a.unflatten(0, (num_levels, num_pairs)) for a in drawn)
+        else:
+            num_classes = particles.num_classes()
+            label = torch.randint(num_classes, (num_levels,), generator=shared, device="cpu")
+            label[torch.rand(num_levels, generator=shared, device="cpu") < self.label_dropout] = num_classes
+            wanted = [c if c < num_classes else None for c in label.tolist()]
+            x_0 = torch.stack([particles.draw(num_pairs, own, c) for c in wanted])
+            eps = torch.randn(x_0.shape, generator=own, device="cpu")
+        return Batch(x_0, level, eps, torch.rand(num_levels, num_pairs, generator=own, device="cpu"), label)
 
     def noisy(self, batch: Batch) -> Tensor:
         """x_t of the batch, with shape (L, B, C, H, W)."""
@@ -115,11 +189,7 @@ class Objective(nn.Module):
         """φ at the batch's levels and for its classes: (L, B, C, H, W) to (L, B, F)."""
         t = self.levels[batch.level].repeat_interleave(x.shape[1])
         labels = () if batch.label is None else (batch.label.repeat_interleave(x.shape[1]),)
-        return (net or self.feature_net)(x.flatten(0, 1), t, *labels).unflatten(0, x.shape[:2])
-
-    def row(self, batch: Batch) -> Tensor:
-        """Where a table of all levels, class after class, holds the batch's, with shape (L)."""
-        return batch.level if batch.label is None else batch.label * len(self.levels) + batch.level
+        return (net or self.net)(x.flatten(0, 1), t, *labels).unflatten(0, x.shape[:2])
 
     def both_features(self, batch: Batch, x_t: Tensor, net: nn.Module | None = None) -> tuple[Tensor, Tensor]:
         """φ(x_0, t) and φ(x_t, t) of all W ranks, each with shape (L, W B, F)."""
@@ -136,7 +206,7 @@ class Objective(nn.Module):
         return gradient.to(torch.promote_types(gradient.dtype, torch.float32)).flatten(2)
 
 
-class DMMD(Objective):
+class DMMD(WitnessObjective):
     """The paper's objective (Galashov et al., 2025, Algorithm 1); with KALE the features of D-KALE-Flow.
 
     Terms: the discrepancy by its name, `mmd2` (U-statistic) or `kale`; `gradient_penalty`; `feature_penalty`; and the
@@ -157,8 +227,9 @@ class DMMD(Objective):
         gradient_center: float = 1.0,
         feature_weight: float = 1e-3,
         discrepancy: Discrepancy | None = None,
+        label_dropout: float = 0.0,
     ) -> None:
-        super().__init__(feature_net, process, num_noise_levels, discrepancy)
+        super().__init__(feature_net, process, num_noise_levels, discrepancy, label_dropout)
         self.gradient_weight, self.gradient_center = gradient_weight, gradient_center
         self.feature_weight = feature_weight
 
@@ -183,104 +254,7 @@ class DMMD(Objective):
         return self.gradient_weight * (norm - self.gradient_center).square().mean(), norm
 
 
-class EmbeddingSource(nn.Module):
-    """Base class of the three sources: the witnesses of a batch's levels, estimated one way or another."""
-
-    def forward(self, objective: Objective, batch: Batch, x_t: Tensor) -> Witness:
-        """The witnesses of the levels of the batch, whose points have shape (L, M, F)."""
-        raise NotImplementedError
-
-
-class BatchEmbeddings(EmbeddingSource):
-    """The batch itself, with gradient, as in the paper: 2 B more forwards of φ a level, and the noise of B pairs."""
-
-    def forward(self, objective: Objective, batch: Batch, x_t: Tensor) -> Witness:
-        phi_0, phi_t = objective.both_features(batch, x_t)
-        return objective.discrepancy.witness(phi_t, phi_0)
-
-
-class AveragedEmbeddings(EmbeddingSource):
-    """The batch through the averaged network, without gradient: 2 B more forwards, none of them kept for backward.
-
-    Args:
-        averaged_net: The averaged network (EMA of φ).
-    """
-
-    def __init__(self, averaged_net: nn.Module) -> None:
-        super().__init__()
-        self._net = (averaged_net,)  # in a tuple: not a submodule, its weights are the EMA's to save
-
-    @torch.no_grad()
-    def forward(self, objective: Objective, batch: Batch, x_t: Tensor) -> Witness:
-        phi_0, phi_t = objective.both_features(batch, x_t, self._net[0])
-        return objective.discrepancy.witness(phi_t, phi_0)
-
-
-class RunningEmbeddings(EmbeddingSource):
-    """Running embeddings per level from the averaged network, refreshed every few steps.
-
-    Where means are enough, `clean` and `noisy` (T, F) are running means: a plain average at first, then exponential.
-    Otherwise they are the features of the latest M draws, with shape (T, M, F). Either way they are what the samplers
-    store. With classes the T rows of the first class come first, and those of any class last.
-
-    Args:
-        averaged_net: The averaged network (EMA of φ).
-        num_rows: Noise levels T, times classes and one for any where there are classes.
-        num_features: F.
-        num_points: M; 0 keeps means.
-        momentum: Weight of the past in the running means, in [0, 1).
-        refresh_every: Steps between two refreshes.
-    """
-
-    def __init__(
-        self,
-        averaged_net: nn.Module,
-        num_rows: int,
-        num_features: int,
-        num_points: int = 0,
-        momentum: float = 0.97,
-        refresh_every: int = 4,
-    ) -> None:
-        super().__init__()
-        self._net = (averaged_net,)
-        self.num_points, self.momentum, self.refresh_every = num_points, momentum, refresh_every
-        points = (num_points,) if num_points else ()
-        self.register_buffer("clean", torch.zeros(num_rows, *points, num_features))
-        self.register_buffer("noisy", torch.zeros(num_rows, *points, num_features))
-        self.register_buffer("num_updates", torch.zeros(num_rows, dtype=torch.long))
-        self.register_buffer("num_steps", torch.zeros((), dtype=torch.long))
-
-    @torch.no_grad()
-    def forward(self, objective: Objective, batch: Batch, x_t: Tensor) -> Witness:
-        row = objective.row(batch)
-        if self.num_steps % self.refresh_every == 0 or not self.num_updates[row].all():
-            clean, noisy = objective.both_features(batch, x_t, self._net[0])
-            update = self.replace_oldest if self.num_points else self.average
-            update(self.clean, row, clean.to(self.clean))
-            update(self.noisy, row, noisy.to(self.noisy))
-            self.num_updates[row] += 1
-        self.num_steps += 1
-        clean, noisy = self.clean[row], self.noisy[row]
-        if not self.num_points:
-            clean, noisy = clean[:, None], noisy[:, None]
-        return objective.discrepancy.witness(noisy, clean)
-
-    def average(self, table: Tensor, row: Tensor, phi: Tensor) -> None:
-        past = self.num_updates[row].float()[:, None]
-        # a plain average until it is as long as the exponential one
-        weight = torch.minimum(past / (past + 1), torch.full_like(past, self.momentum))
-        table[row] = weight * table[row] + (1 - weight) * phi.mean(1)
-
-    def replace_oldest(self, table: Tensor, row: Tensor, phi: Tensor) -> None:
-        # the first batch of a row fills all of its points
-        for k, draws in zip(row.tolist(), phi):
-            if self.num_updates[k] == 0:
-                table[k] = draws[torch.arange(self.num_points, device=draws.device) % len(draws)]
-            start = int(self.num_updates[k]) * len(draws)
-            table[k, (start + torch.arange(len(draws), device=draws.device)) % self.num_points] = draws
-
-
-class WitnessMatching(Objective):
+class WitnessMatching(WitnessObjective):
     """Regression of the normalised witness gradient on the displacement x_t − x_0.
 
     Terms: `matching`, in [0, 1] for any sensible field: 1 is the zero field; and the diagnostics `mmd` (or `kale`), the
@@ -313,8 +287,9 @@ class WitnessMatching(Objective):
         num_points: int = 128,
         segment: Segment = "level",
         num_classes: int = 0,
+        label_dropout: float = 0.0,
     ) -> None:
-        super().__init__(feature_net, process, num_noise_levels, discrepancy)
+        super().__init__(feature_net, process, num_noise_levels, discrepancy, label_dropout)
         if segment not in ("level", "whole"):
             raise ValueError(f"segment must be 'level' or 'whole'; got {segment!r}")
         self.segment = segment
@@ -330,12 +305,7 @@ class WitnessMatching(Objective):
             points = 0 if self.discrepancy.needs_means_only else num_points
             features = feature_net.config.num_features
             self.source = RunningEmbeddings(
-                averaged_net,
-                num_noise_levels * (num_classes + 1),
-                features,
-                points,
-                momentum=momentum,
-                refresh_every=refresh_every,
+                averaged_net, num_noise_levels, features, num_classes, points, momentum, refresh_every
             )
 
     def forward(self, batch: Batch) -> Terms:
@@ -361,6 +331,6 @@ class WitnessMatching(Objective):
 
     def gradient_length(self) -> Tensor:
         """λ_t = (E ‖x_t − x_0‖²)^½ = d(t) D^½, with shape (T)."""
-        config = self.feature_net.config
+        config = self.net.config
         dimension = config.in_channels * config.sample_size**2
         return self.process.displacement(self.levels) * dimension**0.5

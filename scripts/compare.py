@@ -6,23 +6,20 @@ goes on where a killed one was; a larger --minutes goes on training.
 
 import sys
 
-from latent_dmmd.compare import CompareConfig, Comparison
-from latent_dmmd.config import parse_config
-from latent_dmmd.report import score_rows, write_report
+from latent_dmmd.experiments.compare import CompareConfig, Comparison
+from latent_dmmd.experiments.report import score_rows, write_report
+from latent_dmmd.experiments.stages import run_comparison
+from latent_dmmd.training.config import parse_config
+from latent_dmmd.utils.cli import run
 
 
 def main() -> None:
     comparison = Comparison(parse_config(CompareConfig))
-    comparison.train()
-    result = comparison.results()
+    result = run_comparison(comparison)
     for row in score_rows(result):
         print("  ".join(row))
     print(f"report: {write_report(comparison, result, ' '.join(['python', *sys.argv]))}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, ImportError, OSError, FloatingPointError) as error:
-        print(f"compare.py: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -4,15 +4,14 @@ Writes complexity.json and complexity.png. Let nothing else run meanwhile.
 """
 
 import json
-import sys
-from argparse import ArgumentError
 from pathlib import Path
 
 import torch
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
-from latent_dmmd.complexity import complexity_report, plot_complexity
+from latent_dmmd.experiments.complexity import complexity_report, plot_complexity
+from latent_dmmd.utils.cli import run
 from latent_dmmd.utils.process import default_device
 
 
@@ -27,7 +26,7 @@ def main() -> None:
     )
     parser.add_argument("--resolutions", type=list[PositiveInt], default=[64, 128, 256, 512], help="Sides in pixels.")
     parser.add_argument(
-        "--pairs_per_level", type=PositiveInt, default=8, help="Pairs a level where objectives compare."
+        "--pairs_per_level", type=PositiveInt, default=8, help="Pairs per level where objectives compare."
     )
     parser.add_argument("--repeats", type=PositiveInt, default=5, help="Rounds of each measurement.")
     args = parser.parse_args()
@@ -44,7 +43,7 @@ def main() -> None:
     (output_dir / "complexity.json").write_text(json.dumps(report, indent=2) + "\n")
     plot_complexity(report, output_dir / "complexity.png")
     for name, cost in report["objectives"].items():
-        print(f"{name:<28}{cost['seconds']:8.3f} s a step, {cost['over_flow_matching']:.2f} of flow matching")
+        print(f"{name:<28}{cost['seconds']:8.3f} s per step, {cost['over_flow_matching']:.2f} of flow matching")
     for name, cost in report["representations"].items():
         print(f"{name:<28}{1000 * cost['seconds_per_pair']:8.1f} ms per pair and step")
     for part in ("training", "sampling"):
@@ -53,8 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ArgumentError, ImportError, OSError, ValueError) as error:
-        print(f"complexity.py: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -4,13 +4,12 @@ Generate and watch the flow, inpaint with a brush, diagnose. Needs pip install "
 """
 
 import os
-import sys
-from argparse import ArgumentError
 
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
-from latent_dmmd.latents import BUNDLED_AT
+from latent_dmmd.data.autoencoder import BUNDLED_AT
+from latent_dmmd.utils.cli import run
 
 BUNDLED = {name: str(BUNDLED_AT.parents[1] / name) for name in ("elpv-dmmd", "elpv-flow-matching")}
 
@@ -26,7 +25,7 @@ def main() -> None:
 
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
     try:
-        from latent_dmmd.demo import THEME, build_demo
+        from latent_dmmd.apps.demo import THEME, build_demo
     except ImportError as error:
         raise ImportError(f'the page needs Gradio: pip install "latent-dmmd[app]" ({error})') from error
     page = build_demo(args.pipelines)
@@ -34,8 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ArgumentError, ImportError, OSError, ValueError) as error:
-        print(f"demo.py: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -1,11 +1,9 @@
-"""Inpaint or enlarge a picture with a trained pipeline: no training.
+"""Inpaint or enlarge an image with a trained pipeline: no training.
 
 python scripts/edit.py --pipeline DIR --image cell.png --mask_image mask.png --output_dir edited
 python scripts/edit.py --pipeline DIR --image small.png --output_dir edited
 """
 
-import sys
-from argparse import ArgumentError
 from pathlib import Path
 
 import torch
@@ -13,20 +11,21 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 from PIL import Image
 
-from latent_dmmd.data import to_rgb
+from latent_dmmd.data.sources import to_rgb
 from latent_dmmd.editing import editor_of
 from latent_dmmd.pipeline import load_pipeline
+from latent_dmmd.utils.cli import run
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--pipeline", type=str, required=True, help="Folder of a saved pipeline: DMMD, flow matching.")
-    parser.add_argument("--image", type=str, required=True, help="The picture; without a mask it is enlarged.")
-    parser.add_argument("--mask_image", type=str | None, help="White where the picture is to be made anew.")
+    parser.add_argument("--image", type=str, required=True, help="The image; without a mask it is enlarged.")
+    parser.add_argument("--mask_image", type=str | None, help="White where the image is to be replaced.")
     parser.add_argument("--scale", type=PositiveInt, default=4, help="Without a mask: factor of enlarging.")
     parser.add_argument("--strength", type=float, default=1.0, help="Noise level that the flow begins at, in (0, 1].")
     parser.add_argument("--num_inference_steps", type=PositiveInt, default=25, help="Evaluations of the network.")
-    parser.add_argument("--num_variations", type=PositiveInt, default=4, help="Pictures to make.")
+    parser.add_argument("--num_variations", type=PositiveInt, default=4, help="Images to make.")
     parser.add_argument("--eta", type=float, default=0.8, help="Share of fresh noise after a step, in [0, 1].")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the noise.")
     parser.add_argument("--output_dir", type=str, required=True, help="Where 00000.png, 00001.png, … go.")
@@ -46,12 +45,8 @@ def main() -> None:
     output_dir.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         image.save(output_dir / f"{i:05d}.png")
-    print(f"{len(images)} pictures: {output_dir}")
+    print(f"{len(images)} images: {output_dir}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ArgumentError, OSError, ValueError) as error:
-        print(f"edit.py: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

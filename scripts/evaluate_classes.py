@@ -1,40 +1,40 @@
-"""Do generated pictures show the class that was asked for? classes.json and classes.webp.
+"""Do generated images show the class that was asked for? classes.json and classes.webp.
 
-A linear classifier on features of real pictures judges generated ones, and real held-out ones.
+A linear classifier on features of real images judges generated ones, and real held-out ones.
 python scripts/evaluate_classes.py --pipeline DIR --training elpv:train --heldout elpv:heldout --output_dir docs/classes
 """
 
 import json
-import sys
-from argparse import ArgumentError
 from pathlib import Path
 
 import torch
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
-from latent_dmmd.data import load_pictures
-from latent_dmmd.evaluation import CheckedPictures, LinearClassifier, class_agreement, extract_features, load_extractor
-from latent_dmmd.film import decoded
-from latent_dmmd.pictures import labelled_grid
+from latent_dmmd.apps.film import decoded
+from latent_dmmd.data.sources import load_images
+from latent_dmmd.metrics.classes import LinearClassifier, class_agreement
+from latent_dmmd.metrics.extractors import CheckedImages, extract_features, load_extractor
 from latent_dmmd.pipeline import load_pipeline
+from latent_dmmd.utils.cli import run
+from latent_dmmd.utils.images import labelled_grid
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--pipeline", type=str, required=True, help="Folder of a pipeline with classes.")
-    parser.add_argument("--training", type=str, default="elpv:train", help="Real pictures that the classifier learns.")
-    parser.add_argument("--heldout", type=str, default="elpv:heldout", help="Other real pictures, the yardstick.")
+    parser.add_argument("--training", type=str, default="elpv:train", help="Real images that the classifier learns.")
+    parser.add_argument("--heldout", type=str, default="elpv:heldout", help="Other real images, the yardstick.")
     parser.add_argument("--guidance_scales", type=list[float], default=[1.0, 2.0, 3.0], help="Scales to compare.")
-    parser.add_argument("--num_images", type=PositiveInt, default=32, help="Pictures of each class and scale.")
+    parser.add_argument("--num_images", type=PositiveInt, default=32, help="Images of each class and scale.")
     parser.add_argument("--num_inference_steps", type=PositiveInt, default=25, help="Evaluations of φ.")
     parser.add_argument("--output_dir", type=str, required=True, help="Where the files go.")
     args = parser.parse_args()
     pipe, net = load_pipeline(args.pipeline), load_extractor()
-    training, heldout = (load_pictures(name, pipe.resolution) for name in (args.training, args.heldout))
+    training, heldout = (load_images(name, pipe.resolution) for name in (args.training, args.heldout))
     (names, labels), ours = training.labels(), pipe.config.get("class_names")
     if ours != names:
-        raise ValueError(f"{args.pipeline} has classes {ours}, the pictures {names}")
+        raise ValueError(f"{args.pipeline} has classes {ours}, the images {names}")
     classify = LinearClassifier(extract_features(training, net)[0], labels)
     results = {"real": class_agreement(names, heldout.labels()[1], classify(extract_features(heldout, net)[0]))}
     asked, rows = torch.arange(len(names)).repeat_interleave(args.num_images), {}
@@ -42,7 +42,7 @@ def main() -> None:
     for scale in args.guidance_scales:
         z = pipe(len(asked), guidance_scale=scale, generator=torch.Generator().manual_seed(0), **how).images
         images_uint8 = decoded(pipe, z)
-        found = classify(extract_features(CheckedPictures(images_uint8, "generated"), net)[0])
+        found = classify(extract_features(CheckedImages(images_uint8, "generated"), net)[0])
         results[f"guidance {scale:g}"] = class_agreement(names, asked, found)
         rows |= {f"{name}, guidance {scale:g}": images_uint8[asked == i][:8] for i, name in enumerate(names)}
     report, output_dir = json.dumps(results, indent=2), Path(args.output_dir)
@@ -53,8 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ArgumentError, ImportError, OSError, ValueError) as error:
-        print(f"evaluate_classes.py: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

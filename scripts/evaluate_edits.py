@@ -1,38 +1,37 @@
-"""Inpaint and enlarge real pictures with several pipelines and score them: edits.json, inpaint.webp, upscale.webp.
+"""Inpaint and enlarge real images with several pipelines and score them: edits.json, inpaint.webp, upscale.webp.
 
 python scripts/evaluate_edits.py --pipelines "{dmmd: DIR, flow matching: DIR}" --data elpv:heldout --output_dir docs
 """
 
 import json
-import sys
-from argparse import ArgumentError
 from pathlib import Path
 
 import torch
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
-from latent_dmmd.data import load_pictures
-from latent_dmmd.edit_scores import EditComparison
+from latent_dmmd.data.sources import load_images
 from latent_dmmd.editing import editor_of
-from latent_dmmd.pictures import labelled_grid
+from latent_dmmd.metrics.edits import EditComparison
 from latent_dmmd.pipeline import load_pipeline
+from latent_dmmd.utils.cli import run
+from latent_dmmd.utils.images import labelled_grid
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--pipelines", type=dict[str, str], required=True, help="Names and folders of pipelines.")
-    parser.add_argument("--data", type=str, required=True, help="Pictures: a folder, elpv:heldout.")
+    parser.add_argument("--data", type=str, required=True, help="Images: a folder, elpv:heldout.")
     parser.add_argument("--output_dir", type=str, required=True, help="Where the files go.")
-    parser.add_argument("--num_images", type=PositiveInt, default=32, help="Pictures, drawn at random.")
-    parser.add_argument("--num_variations", type=PositiveInt, default=2, help="Edits of each picture.")
+    parser.add_argument("--num_images", type=PositiveInt, default=32, help="Images, drawn at random.")
+    parser.add_argument("--num_variations", type=PositiveInt, default=2, help="Edits of each image.")
     parser.add_argument("--num_inference_steps", type=PositiveInt, default=25, help="Evaluations of the network.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of pictures, boxes and noise.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of images, boxes and noise.")
     args = parser.parse_args()
 
     pipes = {name: load_pipeline(folder) for name, folder in args.pipelines.items()}
     first, output_dir = next(iter(pipes.values())), Path(args.output_dir)
-    originals = load_pictures(args.data, first.resolution).examples(args.num_images, args.seed)
+    originals = load_images(args.data, first.resolution).examples(args.num_images, args.seed)
     how = {key: args[key] for key in ("num_inference_steps", "num_variations")}
     results = {"settings": {key: args[key] for key in ("data", "num_images", "seed")} | how}
     for task in ("inpaint", "upscale"):
@@ -51,8 +50,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ArgumentError, OSError, ValueError) as error:
-        print(f"evaluate_edits.py: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -1,15 +1,14 @@
 """The 2-D experiment: python scripts/toy2d.py --output_dir docs writes toy2d.png and toy2d.json and prints a table."""
 
 import json
-import sys
 import time
-from argparse import ArgumentError
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
-from latent_dmmd.toy2d import bandwidth_report, plot_toy, toy_report
+from latent_dmmd.experiments.toy2d import bandwidth_report, plot_toy, toy_report
+from latent_dmmd.utils.cli import run
 
 
 def main() -> None:
@@ -40,8 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ArgumentError, OSError, ValueError) as error:
-        print(f"toy2d.py: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

@@ -4,11 +4,14 @@
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
-from train_latent import run
+from train_latent import main
+
+from latent_dmmd.utils.cli import run
 
 DEFAULTS = Path(__file__).parents[1] / "configs" / "elpv256_pixel.yaml"
 
 if __name__ == "__main__":
-    run(["--config", str(DEFAULTS), *sys.argv[1:]])
+    run(partial(main, ["--config", str(DEFAULTS), *sys.argv[1:]]))

@@ -28,9 +28,10 @@ from torch import nn
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from latent_dmmd import FeatureNet, LatentDMMDPipeline, MeanEmbeddings
-from latent_dmmd.config import Config, parse_config
-from latent_dmmd.evaluation import EXTRACTORS, FeatureSpace
-from latent_dmmd.training import train
+from latent_dmmd.baselines import VelocityNet
+from latent_dmmd.metrics.extractors import EXTRACTORS, FeatureSpace
+from latent_dmmd.training.config import Config, parse_config
+from latent_dmmd.training.loop import train
 from latent_dmmd.utils.errors import DataError
 from latent_dmmd.utils.process import default_device, resolved_precision
 
@@ -142,7 +143,7 @@ def each_vae(request):
     return frozen(request.param)
 
 
-def save_tiny_pictures(folder):
+def save_tiny_images(folder):
     """A folder of 12 smooth random images, 32 × 32 pixels."""
     folder.mkdir()
     coarse = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 3), dtype=np.uint8)
@@ -152,9 +153,9 @@ def save_tiny_pictures(folder):
 
 
 @pytest.fixture
-def tiny_pictures(tmp_path):
+def tiny_images(tmp_path):
     """A folder of images that a test may change."""
-    return save_tiny_pictures(tmp_path / "pictures")
+    return save_tiny_images(tmp_path / "images")
 
 
 @pytest.fixture(scope="session")
@@ -162,9 +163,9 @@ def workshop(tmp_path_factory):
     """Images, an autoencoder and encoded latents that tests share and do not change, and the tiny run's settings."""
     folder = tmp_path_factory.mktemp("workshop")
     frozen("AutoencoderKL").save_pretrained(folder / "vae")
-    pictures = save_tiny_pictures(folder / "pictures")
+    images = save_tiny_images(folder / "images")
     settings = {
-        "data": {"name_or_path": str(pictures), "resolution": 32, "cache_dir": str(folder / "cache")},
+        "data": {"name_or_path": str(images), "resolution": 32, "cache_dir": str(folder / "cache")},
         "autoencoder": {"name_or_path": str(folder / "vae")},
         "feature_net": {
             "num_features": 8,
@@ -184,6 +185,8 @@ def workshop(tmp_path_factory):
         "sampling": {"num_images": 2, "num_noise_levels": 4, "steps_per_level": 1},
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    del settings["objective"]
+    (folder / "plain.yaml").write_text(yaml.safe_dump(settings))
     return folder
 
 
@@ -191,6 +194,12 @@ def workshop(tmp_path_factory):
 def arguments(workshop, tmp_path):
     """The command line of the tiny run, whose folder is the test's own; its precision is "auto"."""
     return ["--config", str(workshop / "tiny.yaml"), "--output_dir", str(tmp_path / "run")]
+
+
+@pytest.fixture
+def plain_arguments(workshop, tmp_path):
+    """`arguments` without keys of the objective, for methods that have no noise levels."""
+    return ["--config", str(workshop / "plain.yaml"), "--output_dir", str(tmp_path / "run")]
 
 
 @pytest.fixture(scope="session")
@@ -204,18 +213,36 @@ def trained(trained_once, tmp_path):
     return Path(shutil.copytree(trained_once, tmp_path / "run"))
 
 
+TINY_NET = dict(patch_size=1, block_out_channels=(8,), attention_levels=(True,), layers_per_block=1, num_groups=2)
+
+
+def tiny_features(size=4, channels=2, num_features=6, **options):
+    """A random φ; the seed is the caller's."""
+    return FeatureNet(size, channels, num_features, **{**TINY_NET, **options})
+
+
+def tiny_velocity(size=4, channels=2, **options):
+    """A random velocity network of the same sizes."""
+    return VelocityNet(size, channels, **{**TINY_NET, **options})
+
+
+def random_embeddings(num_levels=4, num_features=6, **options):
+    """Stored mean embeddings of random values at evenly spaced levels, with a gradient scale of 0.1."""
+    stored = MeanEmbeddings(num_levels, num_features, **options)
+    stored.levels.copy_(torch.arange(1, num_levels + 1) / num_levels)
+    stored.gradient_scale.fill_(0.1)
+    stored.clean.normal_()
+    stored.noisy.normal_()
+    return stored
+
+
 def tiny_pipeline(tiny_vae):
     """A pipeline with random weights around the tiny autoencoder."""
     torch.manual_seed(0)
     size = 32 // 2 ** (len(tiny_vae.config.block_out_channels) - 1)
-    net = FeatureNet(size, 4, 6, block_out_channels=(8,), attention_levels=(True,), layers_per_block=1, num_groups=2)
-    stored = MeanEmbeddings(4, 6)
-    stored.levels.copy_(torch.arange(1, 5) / 4)
-    stored.displacement.copy_(stored.levels)
-    stored.gradient_scale.fill_(0.1)
-    stored.clean.normal_()
-    stored.noisy.normal_()
-    pipe = LatentDMMDPipeline(net, stored, tiny_vae, [0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 0.5, 1.5])
+    sampling = dict(sampler="approximate", num_noise_levels=4, steps_per_level=2)
+    net, stored = tiny_features(size, 4), random_embeddings()
+    pipe = LatentDMMDPipeline(net, stored, tiny_vae, [0.1, 0.2, 0.3, 0.4], [1.0, 2.0, 0.5, 1.5], sampling=sampling)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -245,7 +272,7 @@ def metrics(folder):
 
 
 class ToyExtractor(torch_fidelity.FeatureExtractorBase):
-    """8 features and 5 logits of the picture at 4 × 4 pixels, by a fixed random layer."""
+    """8 features and 5 logits of the image at 4 × 4 pixels, by a fixed random layer."""
 
     def __init__(self, name, features_list, **kwargs):
         super().__init__(name, features_list)

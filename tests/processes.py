@@ -20,7 +20,9 @@ import torch
 ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
 if hasattr(CONTEXT, "set_forkserver_preload"):
-    CONTEXT.set_forkserver_preload(["conftest", "latent_dmmd.compare", "latent_dmmd.editing", "latent_dmmd.diagnosis"])
+    CONTEXT.set_forkserver_preload(
+        ["conftest", "latent_dmmd.experiments.stages", "latent_dmmd.editing", "latent_dmmd.experiments.diagnosis"]
+    )
 
 
 class Result(NamedTuple):

@@ -5,9 +5,14 @@ import pytest
 import torch
 from torch import nn
 
-from latent_dmmd import autoencoder
-from latent_dmmd.autoencoder import AutoencoderTrainingConfig, build_autoencoder, random_crops, train_autoencoder
-from latent_dmmd.latents import BUNDLED_AUTOENCODER, encode_moments, load_autoencoder
+from latent_dmmd.data.autoencoder import BUNDLED_AUTOENCODER, encode_moments, load_autoencoder
+from latent_dmmd.training import autoencoder
+from latent_dmmd.training.autoencoder import (
+    AutoencoderTrainingConfig,
+    build_autoencoder,
+    random_crops,
+    train_autoencoder,
+)
 from latent_dmmd.utils.errors import ConfigError
 
 
@@ -37,7 +42,7 @@ def test_the_bundled_weights_are_of_the_architecture_that_the_script_trains():
     assert encode_moments(bundled, torch.zeros(1, 3, 256, 256))[0].shape == (1, 8, 16, 16)
 
 
-def test_crops_are_windows_of_the_pictures_flipped_or_not(images_uint8):
+def test_crops_are_windows_of_the_images_flipped_or_not(images_uint8):
     crops = random_crops(images_uint8, 6, 32, torch.Generator().manual_seed(0))
     again = random_crops(images_uint8, 6, 32, torch.Generator().manual_seed(0))
     assert torch.equal(crops, again) and crops.shape == (6, 3, 32, 32)

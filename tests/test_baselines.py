@@ -1,24 +1,26 @@
 import pytest
 import torch
+from conftest import tiny_features, tiny_velocity
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
-from latent_dmmd import FeatureNet
-from latent_dmmd.baselines import DDPM, MMDGAN, FlowMatching, GeneratorAndCritic, VelocityNet, euler
+from latent_dmmd.baselines import (
+    DDPM,
+    MMDGAN,
+    FlowMatching,
+    GeneratorAndCritic,
+    TimedPairs,
+    VelocityNet,
+    euler,
+    timed_pairs,
+)
+from latent_dmmd.data.particles import LatentCache
 from latent_dmmd.discrepancy import mmd2
-from latent_dmmd.forward import LinearInterpolant
-from latent_dmmd.objective import Batch
+from latent_dmmd.latent_pipeline import FlowOptions
+from latent_dmmd.objective import Batch, Generators
 from latent_dmmd.pipeline import LatentSchedulerPipeline
 
-SIZES = dict(
-    sample_size=4,
-    in_channels=2,
-    patch_size=2,
-    block_out_channels=(4, 8),
-    layers_per_block=1,
-    attention_levels=(False, True),
-    num_groups=2,
-)
+SIZES = dict(patch_size=2, block_out_channels=(4, 8), attention_levels=(False, True))
 
 
 class GaussianVelocity(nn.Module):
@@ -37,13 +39,12 @@ class GaussianVelocity(nn.Module):
 
 def test_the_exact_velocity_minimises_the_loss():
     generator = torch.Generator().manual_seed(0)
-    x_0 = 0.5 + 0.6 * torch.randn(4, 500, 2, 4, 4, generator=generator)
-    eps, u = torch.randn(x_0.shape, generator=generator), torch.rand(4, 500, generator=generator)
-    batch = Batch(x_0, torch.arange(4), eps, u)
+    x_0 = 0.5 + 0.6 * torch.randn(2000, 2, 4, 4, generator=generator)
+    eps, u = torch.randn(x_0.shape, generator=generator), torch.rand(2000, generator=generator)
+    batch = TimedPairs(x_0, eps, u)
     losses = []
     for mean, std in ((0.5, 0.6), (0.4, 0.6), (0.6, 0.6), (0.5, 0.5), (0.5, 0.7)):
-        objective = FlowMatching(GaussianVelocity(mean, std), LinearInterpolant(), 4)
-        losses.append(objective(batch).total.item())
+        losses.append(FlowMatching(GaussianVelocity(mean, std))(batch).total.item())
     assert min(losses) == losses[0]
 
 
@@ -55,7 +56,7 @@ def test_euler_arrives_at_the_data():
 
 def test_shape_round_trip_and_same_backbone(tmp_path):
     torch.manual_seed(0)
-    net, x, t = VelocityNet(**SIZES), torch.randn(3, 2, 4, 4), torch.rand(3)
+    net, x, t = tiny_velocity(**SIZES), torch.randn(3, 2, 4, 4), torch.rand(3)
     v = net(x, t)
     assert v.shape == x.shape
     torch.testing.assert_close(net(x[1:2], t[1:2]), v[1:2])
@@ -63,15 +64,16 @@ def test_shape_round_trip_and_same_backbone(tmp_path):
     loaded = VelocityNet.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), net.parameters(), strict=True))
     torch.testing.assert_close(loaded(x, t), v)  # not bit for bit: kernels depend on where tensors lie in memory
-    shapes = {name: p.shape for name, p in FeatureNet(num_features=8, **SIZES).named_parameters()}
+    shapes = {name: p.shape for name, p in tiny_features(num_features=8, **SIZES).named_parameters()}
     ours = {name: p.shape for name, p in net.named_parameters()}
     assert ours == {name: shape for name, shape in shapes.items() if name.split(".")[0] not in ("lift", "gate")}
 
 
-def random_batch(levels=2, pairs=6):
+def random_batch(pairs=12):
+    """What a step of MMD-GAN draws: all pairs at one level."""
     generator = torch.Generator().manual_seed(1)
-    x_0, eps = (torch.randn(levels, pairs, 2, 4, 4, generator=generator) for _ in range(2))
-    return Batch(x_0, torch.arange(levels), eps, torch.rand(levels, pairs, generator=generator))
+    x_0, eps = (torch.randn(1, pairs, 2, 4, 4, generator=generator) for _ in range(2))
+    return Batch(x_0, torch.zeros(1, dtype=torch.long), eps, torch.rand(1, pairs, generator=generator))
 
 
 def moved(net):
@@ -96,10 +98,10 @@ class GaussianNoise(nn.Module):
 
 def test_the_exact_noise_minimises_ddpm():
     generator = torch.Generator().manual_seed(0)
-    x_0 = 0.6 * torch.randn(1, 4000, 1, 2, 2, generator=generator)
-    batch = Batch(x_0, torch.zeros(1).long(), torch.randn(x_0.shape, generator=generator), torch.rand(1, 4000))
+    x_0 = 0.6 * torch.randn(4000, 1, 2, 2, generator=generator)
+    batch = TimedPairs(x_0, torch.randn(x_0.shape, generator=generator), torch.rand(4000))
     losses = [
-        DDPM(GaussianNoise(std, gain), LinearInterpolant(), 4)(batch).total.item()
+        DDPM(GaussianNoise(std, gain))(batch).total.item()
         for std, gain in ((0.6, 1.0), (0.5, 1.0), (0.7, 1.0), (0.6, 0.9), (0.6, 1.1))
     ]
     assert min(losses) == losses[0]
@@ -107,30 +109,61 @@ def test_the_exact_noise_minimises_ddpm():
 
 @pytest.mark.parametrize("num_steps", [1, 4, 7])
 def test_the_scheduler_takes_the_steps_of_euler(num_steps):
-    net, z = moved(VelocityNet(**SIZES)), torch.randn(5, 2, 4, 4)
+    net, z = moved(tiny_velocity(**SIZES)), torch.randn(5, 2, 4, 4)
     pipe = LatentSchedulerPipeline(net, FlowMatchEulerDiscreteScheduler())
     pipe.set_progress_bar_config(disable=True)
-    ours = pipe(5, num_inference_steps=num_steps, latents=z, output_type="latent", chunk_size=2).images
+    pipe.flow_options = FlowOptions(chunk_size=2)
+    ours = pipe(5, num_inference_steps=num_steps, latents=z, output_type="latent").images
     torch.testing.assert_close(ours, euler(net, z, num_steps))
+    assert torch.equal(ours, pipe.move(z, num_steps))
+
+
+def test_the_scheduler_pipeline_has_its_own_number_of_steps():
+    net, z = moved(tiny_velocity(**SIZES)), torch.randn(2, 2, 4, 4)
+    pipe = LatentSchedulerPipeline(net, FlowMatchEulerDiscreteScheduler(), num_inference_steps=3)
+    pipe.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(pipe(2, latents=z, output_type="latent").images, euler(net, z, 3))
+
+
+def test_flow_matching_begins_anywhere_and_ddpm_at_noise():
+    """A velocity that is constant along the way arrives from t = 0.6 in one step, and in several."""
+    x_0, eps = torch.randn(2, 3, 2, 4, 4)
+    pipe = LatentSchedulerPipeline(tiny_velocity(**SIZES), FlowMatchEulerDiscreteScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    pipe.network.forward = lambda x, t: (x - x_0) / t
+    for num_steps in (1, 3):
+        times = []
+        z = pipe.move(0.4 * x_0 + 0.6 * eps, num_steps, 0.6, lambda pipe, i, t, tensors, seen=times: seen.append(t))
+        torch.testing.assert_close(z, x_0, atol=1e-5, rtol=1e-5)
+        trajectory = pipe.trajectory(num_steps, 0.6)
+        assert times == pytest.approx(trajectory[:-1]) and trajectory[-1] == 0
+    with pytest.raises(ValueError, match="start must be in"):
+        pipe.move(x_0, 2, 1.5)
+    with pytest.raises(ValueError, match="at least 1"):
+        pipe.move(x_0, 0)
+    ddpm = LatentSchedulerPipeline(tiny_velocity(**SIZES), DDIMScheduler())
+    with pytest.raises(ValueError, match="start=0.6 needs flow matching"):
+        ddpm.move(x_0, 2, 0.6)
 
 
 def test_ddim_with_the_exact_noise_arrives_at_the_data():
     options = dict(clip_sample=False, timestep_spacing="trailing")
     scheduler = DDIMScheduler.from_config(DDPMScheduler().config, **options)
-    pipe = LatentSchedulerPipeline(VelocityNet(**SIZES), scheduler)
+    pipe = LatentSchedulerPipeline(tiny_velocity(**SIZES), scheduler)
     pipe.set_progress_bar_config(disable=True)
+    pipe.flow_options = FlowOptions(chunk_size=None)
     exact = GaussianNoise(0.6)
     pipe.network.forward = lambda x, t: exact(x, t.expand(len(x)))
     z = torch.randn(500, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    end = pipe(500, num_inference_steps=100, latents=z, output_type="latent", chunk_size=None).images
+    end = pipe(500, num_inference_steps=100, latents=z, output_type="latent").images
     torch.testing.assert_close(end, 0.6 * z, atol=0.1, rtol=0)
 
 
 def test_mmd_gan_lowers_for_the_generator_what_it_raises_for_the_critic():
     """The step's gradients are those of the two losses, each in its own network."""
-    network = moved(GeneratorAndCritic(VelocityNet(**SIZES), FeatureNet(num_features=5, **SIZES)))
+    network = moved(GeneratorAndCritic(tiny_velocity(**SIZES), tiny_features(num_features=5, **SIZES)))
     batch = random_batch()
-    MMDGAN(network, LinearInterpolant(), 4, gradient_weight=0.0)(batch).total.backward()
+    MMDGAN(network, gradient_weight=0.0)(batch).total.backward()
     step = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
 
     x_0, eps, zero = batch.x_0.flatten(0, 1), batch.eps.flatten(0, 1), torch.zeros(())
@@ -145,10 +178,43 @@ def test_mmd_gan_lowers_for_the_generator_what_it_raises_for_the_critic():
 
 
 def test_the_penalty_of_mmd_gan_does_not_reach_the_generator():
-    network = moved(GeneratorAndCritic(VelocityNet(**SIZES), FeatureNet(num_features=5, **SIZES)))
+    network = moved(GeneratorAndCritic(tiny_velocity(**SIZES), tiny_features(num_features=5, **SIZES)))
     gradients = []
     for weight in (0.0, 5.0):
         network.zero_grad()
-        MMDGAN(network, LinearInterpolant(), 4, gradient_weight=weight)(random_batch()).total.backward()
+        MMDGAN(network, gradient_weight=weight)(random_batch()).total.backward()
         gradients.append([p.grad.clone() for net in (network.generator, network.critic) for p in [net.conv_in.weight]])
     assert torch.equal(gradients[0][0], gradients[1][0]) and not torch.equal(gradients[0][1], gradients[1][1])
+
+
+def test_each_objective_draws_its_own_batch():
+    """L · B pairs, each at a time of its own or all at noise level 0, from the rank's own generator alone."""
+    latents = torch.arange(5.0).reshape(5, 1, 1, 1, 1).expand(5, 1, 2, 4, 4).contiguous()
+    cache = LatentCache(((latents, None),), torch.zeros(2), torch.ones(2))
+    network = GeneratorAndCritic(tiny_velocity(**SIZES), tiny_features(**SIZES))
+    drawn = []
+    for objective in (FlowMatching(network.generator), DDPM(network.generator), MMDGAN(network)):
+        first, again, other = (
+            objective.draw(cache, 3, 4, Generators(*(torch.Generator().manual_seed(seed) for seed in seeds)))
+            for seeds in ((0, 1), (9, 1), (0, 2))
+        )
+        assert all(torch.equal(a, b) for a, b in zip(first, again) if a is not None)
+        assert not torch.equal(first.eps, other.eps) and not torch.equal(first.u, other.u)
+        drawn.append(first)
+        assert objective(first).total.isfinite()
+    timed, noise, gan = drawn
+    assert type(timed) is type(noise) is TimedPairs and timed.x_0.shape == (12, 2, 4, 4) and timed.u.shape == (12,)
+    assert gan.x_0.shape == (1, 12, 2, 4, 4) and gan.level.tolist() == [0] and gan.label is None
+    for a, b, c in zip(timed, noise, timed_pairs(gan)):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    assert 0 <= timed.u.min() and timed.u.max() < 1 and timed.x_0[:, 0, 0, 0].unique().tolist() == [0, 1, 2, 3, 4]
+
+
+def test_weights_saved_by_0_1_load():
+    """The network of every objective had another name."""
+    for build in (FlowMatching, DDPM, lambda net: MMDGAN(GeneratorAndCritic(net, tiny_features(**SIZES)))):
+        before, after = build(tiny_velocity(**SIZES)), build(tiny_velocity(**SIZES))
+        old = {f"feature_{name}" if name.startswith("net.") else name: a for name, a in before.state_dict().items()}
+        assert "feature_net.conv_in.weight" in old
+        after.load_state_dict(old)
+        assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))

@@ -7,17 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from latent_dmmd import complexity
-from latent_dmmd.complexity import (
-    REPRESENTATIONS,
-    Cost,
-    PeakMemory,
-    fitted_exponent,
-    measure,
-    objective_costs,
-    representation_costs,
-)
+from latent_dmmd.experiments import complexity
+from latent_dmmd.experiments.complexity import REPRESENTATIONS, objective_costs, representation_costs
 from latent_dmmd.features import FeatureNet
+from latent_dmmd.utils.benchmark import Cost, PeakMemory, fitted_exponent, measure
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "complexity.py"
 TINY = dict(

@@ -1,9 +1,11 @@
 import re
+from dataclasses import fields, is_dataclass
 
 import pytest
 import yaml
 
-from latent_dmmd.config import Config, as_dict, differing_keys, key_names, parse_config, save_config
+from latent_dmmd.methods import METHODS
+from latent_dmmd.training.config import Config, as_dict, differing_keys, parse_config, save_config
 from latent_dmmd.utils.errors import ConfigError
 
 
@@ -150,8 +152,9 @@ def test_wrong_type(write, key, value):
 )
 def test_out_of_range(write, key, value):
     group, name = key.split(".")
+    method = ["--objective.name", "dmmd"] if name.startswith(("gradient_", "feature_weight")) else []
     for args in ([f"--{key}", value], write(f"{group}:\n  {name}: {value}\n")):
-        text = message(args)
+        text = message([*args, *method])
         assert key in text
         assert value.lstrip(".") in text or key == "feature_net.attention_levels"
 
@@ -196,6 +199,44 @@ def test_saved_configuration_parses_back(tmp_path):
     assert parse_config(Config, ["--config", str(tmp_path / "default.yaml")]) == Config()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_takes_its_own_keys_and_no_others(write, method):
+    """By name, from the command line and from files, with the methods whose key it is."""
+    own = {f.name for f in fields(METHODS[method].config_class)}
+    foreign = {f.name for m in METHODS.values() for f in fields(m.config_class)} - own
+    assert foreign or method == "witness-matching"
+    teacher = ["--objective.teacher", "elpv-dmmd"] if method == "one-step" else []
+    given = ["--objective.name", method, *teacher]
+    assert {f.name for f in fields(parse_config(Config, given).objective)} == own
+    assert type(parse_config(Config, given).method) is METHODS[method]
+    for name in sorted(foreign):
+        for args in ([*given, f"--objective.{name}", "1"], [*given, *write(f"objective:\n  {name}: 1\n")]):
+            text = message(args)
+            assert f"objective.{name} is a key of" in text and f"not of {method}" in text, text
+
+
+def test_the_last_name_chooses_the_method(write):
+    flow = write("objective: {name: flow-matching}\n", "flow.yaml")
+    paper = write("objective: {name: dmmd, gradient_weight: 2.0}\n", "paper.yaml")
+    assert parse_config(Config, paper).objective.gradient_weight == 2
+    assert parse_config(Config, [*flow, *paper]).objective.name == "dmmd"
+    assert parse_config(Config, [*flow, "--objective.name=ddpm"]).objective.name == "ddpm"
+    assert parse_config(Config, ["--objective", "{name: dmmd, feature_weight: 0.5}"]).objective.feature_weight == 0.5
+
+
+def test_unknown_methods_are_named():
+    text = message(["--objective.name", "flow-machting"])
+    assert "did you mean flow-matching?" in text and all(name in text for name in METHODS)
+
+
+def test_keys_of_other_methods_do_not_count(tmp_path):
+    """A run folder of 0.1 holds the keys of all methods."""
+    path, saved = tmp_path / "config.yaml", as_dict(Config())
+    saved["objective"] |= {"gradient_weight": 1.0, "teacher": None, "witness_weight": 0.0}
+    path.write_text(yaml.safe_dump(saved))
+    assert differing_keys(Config(), path) == []
+
+
 def test_differing_keys(tmp_path):
     path = tmp_path / "config.yaml"
     save_config(Config(), path)
@@ -207,8 +248,11 @@ def test_differing_keys(tmp_path):
 
 
 def test_every_key_is_documented():
-    for config_class in (Config, *(type(getattr(Config(), name)) for name in as_dict(Config()))):
-        if config_class.__module__ != Config.__module__:
-            continue
-        documented = re.findall(r"^ +(\w+): ", config_class.__doc__.split("Args:")[1], re.M)
-        assert documented == [n for n in key_names(config_class) if "." not in n]
+    groups = [type(group) for group in vars(Config()).values() if is_dataclass(group)]
+    for config_class in [Config, *groups, *(method.config_class for method in METHODS.values())]:
+        documented = [
+            name
+            for base in config_class.__mro__
+            for name in re.findall(r"^ {8}(\w+): ", (base.__doc__ or "").partition("Args:")[2], re.M)
+        ]
+        assert set(documented) == {f.name for f in fields(config_class)}, config_class

@@ -9,8 +9,8 @@ import torch
 from conftest import BLUE, GREEN, RED, WHITE, refusal, solid
 from PIL import Image
 
-from latent_dmmd import data
-from latent_dmmd.data import load_pictures, read_picture
+from latent_dmmd.data import sources
+from latent_dmmd.data.sources import load_images, read_image
 from latent_dmmd.utils.errors import DataError
 
 
@@ -18,20 +18,20 @@ def noise(*size):
     return np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
 
 
-def assert_color(picture, color, tolerance=0):
-    assert picture.dtype == torch.uint8
-    assert (picture - torch.tensor(color).view(3, 1, 1)).abs().max() <= tolerance
+def assert_color(decoded, color, tolerance=0):
+    assert decoded.dtype == torch.uint8
+    assert (decoded - torch.tensor(color).view(3, 1, 1)).abs().max() <= tolerance
 
 
-# reading one picture
+# reading one image
 
 
 def test_pixels_are_kept(tmp_path):
     pixels = noise(16, 16, 3)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    picture = read_picture(tmp_path / "a.png", 16)
-    assert picture.is_contiguous() and torch.equal(picture, torch.from_numpy(pixels).permute(2, 0, 1))
-    assert torch.equal(read_picture((tmp_path / "a.png").read_bytes(), 16), picture)
+    decoded = read_image(tmp_path / "a.png", 16)
+    assert decoded.is_contiguous() and torch.equal(decoded, torch.from_numpy(pixels).permute(2, 0, 1))
+    assert torch.equal(read_image((tmp_path / "a.png").read_bytes(), 16), decoded)
 
 
 def test_shorter_side_is_resized_and_the_centre_kept(tmp_path):
@@ -40,8 +40,8 @@ def test_shorter_side_is_resized_and_the_centre_kept(tmp_path):
     Image.fromarray(wide).save(tmp_path / "wide.png")
     Image.fromarray(wide.transpose(1, 0, 2)).save(tmp_path / "tall.png")
     for name in ("wide.png", "tall.png"):
-        assert_color(read_picture(tmp_path / name, 10), GREEN)
-        assert_color(read_picture(tmp_path / name, 40)[:, 12:28, 12:28], GREEN)
+        assert_color(read_image(tmp_path / name, 10), GREEN)
+        assert_color(read_image(tmp_path / name, 40)[:, 12:28, 12:28], GREEN)
 
 
 def test_exif_orientation_is_followed(tmp_path):
@@ -50,9 +50,9 @@ def test_exif_orientation_is_followed(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by 90° clockwise: the top becomes the right
     Image.fromarray(image).save(tmp_path / "a.jpg", exif=exif, quality=95, subsampling=0)
-    picture = read_picture(tmp_path / "a.jpg", 16)
-    assert_color(picture[:, :, 9:], RED, 3)
-    assert_color(picture[:, :, :7], BLUE, 3)
+    decoded = read_image(tmp_path / "a.jpg", 16)
+    assert_color(decoded[:, :, 9:], RED, 3)
+    assert_color(decoded[:, :, :7], BLUE, 3)
 
 
 def palette_with_transparency(path):
@@ -94,18 +94,18 @@ ODD = {
 
 
 @pytest.mark.parametrize("name, save, color", ODD.values(), ids=ODD.keys())
-def test_odd_pictures(tmp_path, name, save, color):
+def test_odd_images(tmp_path, name, save, color):
     save(tmp_path / name)
-    (picture,) = load_pictures(str(tmp_path), 8)
-    assert picture.shape == (3, 8, 8)
-    assert_color(picture, color, 2)
+    (decoded,) = load_images(str(tmp_path), 8)
+    assert decoded.shape == (3, 8, 8)
+    assert_color(decoded, color, 2)
 
 
 def test_palette_with_transparency(tmp_path):
     palette_with_transparency(tmp_path / "a.png")
-    picture = read_picture(tmp_path / "a.png", 8)
-    assert_color(picture[:, :4], BLUE)
-    assert_color(picture[:, 4:], WHITE)
+    decoded = read_image(tmp_path / "a.png", 8)
+    assert_color(decoded[:, :4], BLUE)
+    assert_color(decoded[:, 4:], WHITE)
 
 
 def truncate(path, image, **options):
@@ -154,11 +154,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("name, save", BAD.values(), ids=BAD.keys())
-def test_bad_pictures_are_named(tmp_path, name, save):
+def test_bad_images_are_named(tmp_path, name, save):
     save(tmp_path / name)
-    pictures = load_pictures(str(tmp_path), 32)
-    assert len(pictures) == 1
-    assert str(tmp_path / name) in refusal(pictures.__getitem__, 0)
+    source = load_images(str(tmp_path), 32)
+    assert len(source) == 1
+    assert str(tmp_path / name) in refusal(source.__getitem__, 0)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -172,7 +172,7 @@ def test_damaged_bytes_never_give_another_error(suffix):
         at = rng.integers(0, min(len(raw), 200), 4)
         raw[at] = rng.integers(0, 256, 4)
         try:
-            assert read_picture(raw.tobytes(), 16, "damaged").shape == (3, 16, 16)
+            assert read_image(raw.tobytes(), 16, "damaged").shape == (3, 16, 16)
         except DataError as error:
             assert "damaged" in str(error) and "\n" not in str(error)
 
@@ -183,8 +183,8 @@ def test_whatever_a_decoder_raises(tmp_path, monkeypatch, error):
         raise error
 
     solid("RGB", RED).save(tmp_path / "a.png")
-    monkeypatch.setattr(data.ImageOps, "exif_transpose", decode)
-    text = refusal(read_picture, tmp_path / "a.png", 8)
+    monkeypatch.setattr(sources.ImageOps, "exif_transpose", decode)
+    text = refusal(read_image, tmp_path / "a.png", 8)
     assert str(tmp_path / "a.png") in text and not text.endswith(": ")
 
 
@@ -193,85 +193,85 @@ def test_decompression_bomb(tmp_path, monkeypatch, limit):
     """Pillow warns above the limit and raises above twice the limit; both are refused."""
     solid("RGB", RED, (20, 20)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    text = refusal(read_picture, tmp_path / "a.png", 16)
+    text = refusal(read_image, tmp_path / "a.png", 16)
     assert str(tmp_path / "a.png") in text and f"more than {limit} pixels" in text
 
 
 def test_an_eighth_of_the_resolution_is_too_small(tmp_path):
     solid("RGB", RED, (40, 4)).save(tmp_path / "small.png")
     solid("RGB", RED, (40, 5)).save(tmp_path / "large.png")
-    assert "40x4" in refusal(read_picture, tmp_path / "small.png", 32)
-    assert_color(read_picture(tmp_path / "large.png", 32), RED)
+    assert "40x4" in refusal(read_image, tmp_path / "small.png", 32)
+    assert_color(read_image(tmp_path / "large.png", 32), RED)
 
 
-def test_directory_is_no_picture(tmp_path):
+def test_directory_is_no_image(tmp_path):
     (tmp_path / "x.png").mkdir()
-    assert "x.png" in refusal(read_picture, tmp_path / "x.png", 8)
-    assert "no pictures" in refusal(load_pictures, str(tmp_path), 8)
+    assert "x.png" in refusal(read_image, tmp_path / "x.png", 8)
+    assert "no images" in refusal(load_images, str(tmp_path), 8)
     solid("RGB", RED).save(tmp_path / "x.png" / "inner.png")
-    assert load_pictures(str(tmp_path), 8).names == [str(tmp_path / "x.png" / "inner.png")]
+    assert load_images(str(tmp_path), 8).names == [str(tmp_path / "x.png" / "inner.png")]
 
 
 # data sets
 
 
-def test_folder_in_order(tiny_pictures):
-    (tiny_pictures / "notes.txt").write_text("no picture")
-    pictures = load_pictures(str(tiny_pictures), 32)
-    assert pictures.names == [str(tiny_pictures / f"{i:02d}.png") for i in range(12)]
-    assert len(list(pictures)) == len(pictures) == 12
+def test_folder_in_order(tiny_images):
+    (tiny_images / "notes.txt").write_text("no image")
+    source = load_images(str(tiny_images), 32)
+    assert source.names == [str(tiny_images / f"{i:02d}.png") for i in range(12)]
+    assert len(list(source)) == len(source) == 12
     with pytest.raises(IndexError):
-        pictures[12]
+        source[12]
 
 
 @pytest.mark.parametrize("name", ["missing", "missing.parquet", "notes.txt"])
 def test_missing(tmp_path, name):
-    (tmp_path / "notes.txt").write_text("no picture")
-    assert str(tmp_path / name) in refusal(load_pictures, str(tmp_path / name), 8)
+    (tmp_path / "notes.txt").write_text("no image")
+    assert str(tmp_path / name) in refusal(load_images, str(tmp_path / name), 8)
 
 
 def test_empty_folder(tmp_path):
-    text = refusal(load_pictures, str(tmp_path), 8)
+    text = refusal(load_images, str(tmp_path), 8)
     assert str(tmp_path) in text and ".png" in text
 
 
 def test_relative_name_that_is_neither_folder_nor_on_the_hub():
-    assert "no-such-folder" in refusal(load_pictures, "no-such-folder", 8)
-    assert "nobody/nothing" in refusal(load_pictures, "nobody/nothing:test", 8)
+    assert "no-such-folder" in refusal(load_images, "no-such-folder", 8)
+    assert "nobody/nothing" in refusal(load_images, "nobody/nothing:test", 8)
 
 
 def test_hub_name_with_split(monkeypatch):
     asked = []
     table = datasets.Dataset.from_dict({"image": [solid("RGB", RED)]}, datasets.Features({"image": datasets.Image()}))
     monkeypatch.setattr(datasets, "load_dataset", lambda path, split: asked.append((path, split)) or table)
-    assert_color(load_pictures("owner/name", 8)[0], RED)
-    assert_color(load_pictures("owner/name:test[:5]", 8)[0], RED)
+    assert_color(load_images("owner/name", 8)[0], RED)
+    assert_color(load_images("owner/name:test[:5]", 8)[0], RED)
     assert asked == [("owner/name", "train"), ("owner/name", "test[:5]")]
 
 
-def test_fingerprint_follows_the_data(tiny_pictures):
-    target = tiny_pictures / "03.png"
-    (tiny_pictures / "link.png").symlink_to(target)
+def test_fingerprint_follows_the_data(tiny_images):
+    target = tiny_images / "03.png"
+    (tiny_images / "link.png").symlink_to(target)
 
     def fingerprint():
-        return load_pictures(str(tiny_pictures), 32).fingerprint
+        return load_images(str(tiny_images), 32).fingerprint
 
     seen = [fingerprint()]
     assert fingerprint() == seen[0]
-    target.rename(tiny_pictures.parent / "elsewhere.png")
-    (tiny_pictures / "link.png").unlink()
-    (tiny_pictures / "link.png").symlink_to(tiny_pictures.parent / "elsewhere.png")
+    target.rename(tiny_images.parent / "elsewhere.png")
+    (tiny_images / "link.png").unlink()
+    (tiny_images / "link.png").symlink_to(tiny_images.parent / "elsewhere.png")
     seen.append(fingerprint())
-    solid("RGB", RED, (32, 32)).save(tiny_pictures.parent / "elsewhere.png")
+    solid("RGB", RED, (32, 32)).save(tiny_images.parent / "elsewhere.png")
     seen.append(fingerprint())
-    solid("RGB", RED, (32, 32)).save(tiny_pictures / "new.png")
+    solid("RGB", RED, (32, 32)).save(tiny_images / "new.png")
     seen.append(fingerprint())
     assert len(set(seen)) == 4
 
 
 @pytest.fixture
 def write_table(tmp_path, monkeypatch):
-    """From columns to a parquet file, with `image` and `other` as pictures."""
+    """From columns to a parquet file, with `image` and `other` as images."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
 
     def write(**columns):
@@ -293,25 +293,25 @@ def encoded(image):
 def test_parquet(write_table):
     pixels = noise(3, 8, 8, 3)
     path = write_table(image=[encoded(Image.fromarray(p)) for p in pixels], label=[0, 1, 2])
-    pictures = load_pictures(path, 8)
-    assert pictures.names[1] == f"{path}[1]"
-    assert torch.equal(torch.stack(list(pictures)), torch.from_numpy(pixels).permute(0, 3, 1, 2))
-    assert load_pictures(path, 8).fingerprint == pictures.fingerprint
+    source = load_images(path, 8)
+    assert source.names[1] == f"{path}[1]"
+    assert torch.equal(torch.stack(list(source)), torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    assert load_images(path, 8).fingerprint == source.fingerprint
     write_table(image=[encoded(Image.fromarray(p)) for p in 255 - pixels], label=[0, 1, 2])
-    again = load_pictures(path, 8)
-    assert again.fingerprint != pictures.fingerprint
+    again = load_images(path, 8)
+    assert again.fingerprint != source.fingerprint
     assert torch.equal(again[0], 255 - torch.from_numpy(pixels[0]).permute(2, 0, 1))
 
 
 def test_image_column(write_table):
     bad = {"bytes": b"hello", "path": None}
     path = write_table(image=[encoded(solid("RGB", RED)), bad], other=[encoded(solid("RGB", BLUE))] * 2, label=[1, 2])
-    assert_color(load_pictures(path, 8)[0], RED)
-    # a bad picture in a column that is not asked for does no harm
-    assert_color(load_pictures(path, 8, image_column="other")[1], BLUE)
-    text = refusal(load_pictures, path, 8, image_column="picture")
-    assert "'picture'" in text and "image, other, label" in text
-    assert "'label'" in refusal(load_pictures, path, 8, image_column="label")
+    assert_color(load_images(path, 8)[0], RED)
+    # a bad image in a column that is not asked for does no harm
+    assert_color(load_images(path, 8, image_column="other")[1], BLUE)
+    text = refusal(load_images, path, 8, image_column="photo")
+    assert "'photo'" in text and "image, other, label" in text
+    assert "'label'" in refusal(load_images, path, 8, image_column="label")
 
 
 def test_bad_cells_are_named(write_table):
@@ -321,39 +321,39 @@ def test_bad_cells_are_named(write_table):
         {"bytes": b"hello", "path": None},
         encoded(solid("RGB", BLUE)),
     ]
-    pictures = load_pictures(write_table(image=cells), 8)
+    source = load_images(write_table(image=cells), 8)
     for i in range(3):
-        assert f"table.parquet[{i}]" in refusal(pictures.__getitem__, i)
-    assert_color(pictures[3], BLUE)
+        assert f"table.parquet[{i}]" in refusal(source.__getitem__, i)
+    assert_color(source[3], BLUE)
 
 
-def test_column_of_file_names(write_table, tiny_pictures):
-    pictures = load_pictures(str(tiny_pictures), 32)
-    table = load_pictures(write_table(file=[*pictures.names, "missing.png"]), 32, image_column="file")
-    assert all(torch.equal(table[i], pictures[i]) for i in range(12))
+def test_column_of_file_names(write_table, tiny_images):
+    source = load_images(str(tiny_images), 32)
+    table = load_images(write_table(file=[*source.names, "missing.png"]), 32, image_column="file")
+    assert all(torch.equal(table[i], source[i]) for i in range(12))
     assert "table.parquet[12]" in refusal(table.__getitem__, 12)
 
 
 def test_table_that_is_none(write_table):
     path = write_table(image=[encoded(solid("RGB", RED))])
     Path(path).write_bytes(b"hello")
-    assert path in refusal(load_pictures, path, 8)
-    assert path in refusal(load_pictures, write_table(image=[]), 8)
+    assert path in refusal(load_images, path, 8)
+    assert path in refusal(load_images, write_table(image=[]), 8)
 
 
 def test_elpv_splits():
     pytest.importorskip("elpv_dataset")
-    train, heldout, everything = (load_pictures(f"elpv{s}", 64) for s in (":train", ":heldout", ""))
+    train, heldout, everything = (load_images(f"elpv{s}", 64) for s in (":train", ":heldout", ""))
     assert (len(train), len(heldout), len(everything)) == (2361, 263, 2624)
     assert not set(train.names) & set(heldout.names)
     assert set(train.names) | set(heldout.names) == set(everything.names)
     assert heldout.names == everything.names[::10]
-    fit, validation = (load_pictures(f"elpv:{s}", 64) for s in ("fit", "validation"))
+    fit, validation = (load_images(f"elpv:{s}", 64) for s in ("fit", "validation"))
     assert sorted(fit.names + validation.names) == train.names and validation.names == everything.names[5::10]
     assert train[0].shape == (3, 64, 64)
-    assert "elpv:heldout" in refusal(load_pictures, "elpv:test")
+    assert "elpv:heldout" in refusal(load_images, "elpv:test")
 
 
 def test_elpv_not_installed(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "elpv_dataset", None)
-    assert "latent-dmmd[demo]" in refusal(load_pictures, "elpv:train")
+    assert "latent-dmmd[demo]" in refusal(load_images, "elpv:train")

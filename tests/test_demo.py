@@ -73,11 +73,11 @@ def local(url, address):
 
 def test_generate_then_inpaint(page):
     page.locator("#generate").click()
-    page.locator("#pictures img").first.wait_for()
+    page.locator("#images img").first.wait_for()
     page.locator("#flow img").wait_for()
     with page.expect_download() as download:
         page.locator("#download").click()
-    assert download.value.suggested_filename == "pictures.zip"
+    assert download.value.suggested_filename == "images.zip"
 
     page.get_by_role("tab", name="Inpaint").click()
     page.locator("#take").click()
@@ -102,8 +102,8 @@ def test_a_folder_without_a_pipeline_is_named(tmp_path):
 def test_bad_input_is_a_message(page):
     page.get_by_role("tab", name="Inpaint").click()
     page.locator("#inpaint").click()
-    page.get_by_text("load a picture first").wait_for()
+    page.get_by_text("load an image first").wait_for()
     page.get_by_role("tab", name="Diagnose").click()
-    page.get_by_label("Pictures it was trained on").fill("/nowhere")
+    page.get_by_label("Images it was trained on").fill("/nowhere")
     page.locator("#diagnose").click()
     page.get_by_text("no folder /nowhere").wait_for()

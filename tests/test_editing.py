@@ -1,15 +1,14 @@
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_pipeline
+from conftest import tiny_pipeline, tiny_velocity
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from latent_dmmd.baselines import VelocityNet
 from latent_dmmd.editing import (
     LatentDMMDInpaintPipeline,
     LatentDMMDUpscalePipeline,
-    SmallerPicture,
+    SmallerImage,
     editor_of,
     resized,
 )
@@ -23,8 +22,7 @@ def dmmd(tiny_vae):
 
 def flow_matching(tiny_vae, scheduler=None):
     torch.manual_seed(0)
-    net = VelocityNet(16, 4, block_out_channels=(8,), attention_levels=(True,), layers_per_block=1, num_groups=2)
-    pipe = LatentSchedulerPipeline(net, scheduler or FlowMatchEulerDiscreteScheduler(), tiny_vae)
+    pipe = LatentSchedulerPipeline(tiny_velocity(16, 4), scheduler or FlowMatchEulerDiscreteScheduler(), tiny_vae)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -79,13 +77,13 @@ def test_what_is_under_the_mask_has_no_influence_at_full_strength(pipe, image, m
     assert not torch.equal(run(image, 0.5), run(other, 0.5))
 
 
-def test_an_empty_mask_gives_back_the_picture(pipe, image, mask):
+def test_an_empty_mask_gives_back_the_image(pipe, image, mask):
     editor = quiet(editor_of(pipe, "inpaint"))
     edited = editor(image, 0 * mask, num_inference_steps=2, generator=seeded(), output_type="pt").images
     torch.testing.assert_close(edited, image, atol=1e-6, rtol=0)
 
 
-def test_enlarged_pictures_shrink_to_the_given_ones(pipe, image):
+def test_enlarged_images_shrink_to_the_given_ones(pipe, image):
     small = resized(image * 2 - 1, 8) / 2 + 0.5
     editor = quiet(editor_of(pipe, "upscale"))
     editor.image_processor.postprocess = lambda pixels, output_type: pixels  # before it cuts off at 0 and 1
@@ -97,7 +95,7 @@ def test_enlarged_pictures_shrink_to_the_given_ones(pipe, image):
 
 def test_back_projection_converges():
     small = torch.rand(1, 3, 8, 8, generator=seeded())
-    errors = [(resized(SmallerPicture(small, n)(torch.zeros(1, 3, 32, 32)), 8) - small).abs().max() for n in (1, 3, 6)]
+    errors = [(resized(SmallerImage(small, n)(torch.zeros(1, 3, 32, 32)), 8) - small).abs().max() for n in (1, 3, 6)]
     assert errors[0] > 2 * errors[1] > 4 * errors[2]
 
 
@@ -110,10 +108,10 @@ def test_what_agrees_already_is_left_to_the_flow(dmmd, image):
     torch.testing.assert_close(edited, dmmd.decode_to_pixels(plain), atol=1e-4, rtol=1e-4)
 
 
-def test_a_perfect_field_ends_at_the_constrained_picture(image, mask):
+def test_a_perfect_field_ends_at_the_constrained_image(image, mask):
     """Particles that make for x_0 are brought to it, whatever noise is added on the way; here particles are pixels."""
     pixels = image * 2 - 1
-    net = VelocityNet(32, 3, block_out_channels=(8,), attention_levels=(False,), layers_per_block=1, num_groups=2)
+    net = tiny_velocity(32, 3)
     net.forward = lambda x, t: (x - pixels) / t
     editor = quiet(editor_of(LatentSchedulerPipeline(net, FlowMatchEulerDiscreteScheduler()), "inpaint"))
     grey = torch.full_like(image, 0.5)
@@ -132,13 +130,13 @@ def test_variations_follow_each_other_and_lists_of_generators_are_independent(pi
     torch.testing.assert_close(images[3:], alone, atol=1e-4, rtol=1e-4)
 
 
-def test_pil_pictures_are_resized_and_saved_pipelines_edit(dmmd, tmp_path):
+def test_pil_images_are_resized_and_saved_pipelines_edit(dmmd, tmp_path):
     dmmd.save_pretrained(tmp_path)
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 40, 4), dtype=np.uint8), "RGBA")
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 40, 4), dtype=np.uint8), "RGBA")
     editor = quiet(LatentDMMDInpaintPipeline.from_pretrained(tmp_path))
-    (edited,) = editor(picture, Image.new("1", (9, 9), 1), num_inference_steps=1, generator=seeded()).images
+    (edited,) = editor(photo, Image.new("1", (9, 9), 1), num_inference_steps=1, generator=seeded()).images
     assert edited.size == (32, 32) and edited.mode == "RGB"
-    (edited,) = quiet(LatentDMMDUpscalePipeline.from_pretrained(tmp_path))(picture, num_inference_steps=1).images
+    (edited,) = quiet(LatentDMMDUpscalePipeline.from_pretrained(tmp_path))(photo, num_inference_steps=1).images
     assert edited.size == (32, 32)
 
 

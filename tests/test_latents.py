@@ -4,18 +4,17 @@ from conftest import BUILDERS, frozen
 from diffusers import UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from latent_dmmd import latents
-from latent_dmmd.latents import (
+from latent_dmmd.data import autoencoder
+from latent_dmmd.data.autoencoder import (
     autoencoder_hash,
     decode_pixels,
     encode_moments,
     load_autoencoder,
     reconstruct,
     standardise,
-    to_pixels,
-    to_uint8,
     unstandardise,
 )
+from latent_dmmd.utils.images import to_pixels, to_uint8
 
 
 def noise(*shape):
@@ -133,7 +132,7 @@ def test_reconstruct(each_vae):
 
 
 def test_reconstruct_clips(tiny_vae, monkeypatch):
-    monkeypatch.setattr(latents, "decode_pixels", lambda vae, z: torch.tensor([-3.0, 3.0]).expand(1, 3, 2, 2))
+    monkeypatch.setattr(autoencoder, "decode_pixels", lambda vae, z: torch.tensor([-3.0, 3.0]).expand(1, 3, 2, 2))
     assert set(reconstruct(tiny_vae, torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).unique().tolist()) == {0, 255}
 
 

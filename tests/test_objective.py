@@ -1,24 +1,31 @@
+import json
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from conftest import metrics, tiny_features, weights
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from latent_dmmd.discrepancy import KALE, MMD, kale, mmd2
+from latent_dmmd.embedding_sources import RunningEmbeddings
 from latent_dmmd.forward import LinearInterpolant
 from latent_dmmd.kernels import GaussianKernel
 from latent_dmmd.objective import DMMD, Batch, WitnessMatching
+from latent_dmmd.training.config import Config, parse_config
+from latent_dmmd.training.loop import train
 
 
-class Config:
+class TinyConfig:
     in_channels, sample_size, num_features = 2, 2, 3
 
 
 class TinyNet(nn.Module):
     """A smooth φ with second derivatives, in float64."""
 
-    config = Config
+    config = TinyConfig
 
     def __init__(self, seed=0):
         super().__init__()
@@ -157,8 +164,8 @@ def test_running_means_are_the_plain_average_at_first_then_exponential():
         mean = averaged(batch.x_0[0], torch.tensor(0.75)).mean(0).float()
         weight = min(i / (i + 1), 0.5)
         expected = mean if expected is None else weight * expected + (1 - weight) * mean
-    torch.testing.assert_close(objective.source.clean[2], expected.detach())
-    assert objective.source.num_updates.tolist() == [0, 0, 4, 0]
+    torch.testing.assert_close(objective.source.clean[0, 2], expected.detach())
+    assert objective.source.num_updates.tolist() == [[0, 0, 4, 0]]
 
 
 def test_running_features_are_the_latest_draws():
@@ -173,11 +180,11 @@ def test_running_features_are_the_latest_draws():
         seen.append(averaged(batch.x_0[0], torch.tensor(0.75)).float().detach())
         objective(batch)
         if i == 0:
-            torch.testing.assert_close(objective.source.clean[2], seen[0][[0, 1, 2, 3, 0, 1]])
+            torch.testing.assert_close(objective.source.clean[0, 2], seen[0][[0, 1, 2, 3, 0, 1]])
     latest = torch.cat(seen)[-6:]
-    stored = objective.source.clean[2]
+    stored = objective.source.clean[0, 2]
     torch.testing.assert_close(stored[stored[:, 0].argsort()], latest[latest[:, 0].argsort()])
-    assert not objective.source.clean[[0, 1, 3]].any()
+    assert not objective.source.clean[0, [0, 1, 3]].any()
 
 
 @pytest.mark.parametrize("source", ["batch", "ema", "running"])
@@ -227,14 +234,14 @@ def test_refreshes_every_so_often():
     objective = WitnessMatching(TinyNet(), LinearInterpolant(), 4, TinyNet(1), refresh_every=3)
     for i in range(7):
         objective(make_batch(levels=(0, 2), seed=i))
-    assert objective.source.num_updates.tolist() == [3, 0, 3, 0]
+    assert objective.source.num_updates.tolist() == [[3, 0, 3, 0]]
 
 
 def test_a_perfect_witness_has_no_loss():
     """Every pair displaced by the same v: ∇f = v / λ is the linear φ, whatever its sign."""
 
     class Quadratic(nn.Module):
-        config = Config
+        config = TinyConfig
 
         def forward(self, x, t):
             f = (x.flatten(1) @ self.v) / self.lam
@@ -275,7 +282,7 @@ def loss_and_gradients(name, batch):
     objective = OBJECTIVES[name]()
     total = objective(batch).total
     total.backward()
-    parameters = dict(objective.feature_net.named_parameters())
+    parameters = dict(objective.net.named_parameters())
     return total.detach(), {n: p.grad for n, p in parameters.items() if p.grad is not None}
 
 
@@ -304,3 +311,58 @@ def test_two_ranks_are_one_rank_with_twice_the_pairs(tmp_path):
         assert gradients.keys() == expected.keys()
         for parameter, gradient in gradients.items():
             torch.testing.assert_close(gradient, expected[parameter], rtol=1e-4, atol=1e-7, msg=f"{name} {parameter}")
+
+
+def as_saved_by_0_1(state):
+    """A state dictionary with the old name of the network, and running embeddings whose rows were not kept by class."""
+    names = {name: "feature_net." + name.removeprefix("net.") if name.startswith("net.") else name for name in state}
+    tables = {f"source.{name}" for name in ("clean", "noisy", "num_updates")}
+    return {names[name]: a.flatten(0, 1).contiguous() if name in tables else a for name, a in state.items()}
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("num_classes", [0, 2])
+@pytest.mark.parametrize("discrepancy", [DISCREPANCIES["mmd2"], DISCREPANCIES["gaussian"]], ids=["means", "features"])
+def test_weights_saved_by_0_1_load(discrepancy, num_classes, wrapped):
+    def build(seed):
+        torch.manual_seed(seed)
+        nets = [tiny_features(2, 2, 3, num_classes=num_classes).double() for _ in range(2)]
+        options = dict(discrepancy=discrepancy, num_points=5, num_classes=num_classes)
+        return WitnessMatching(nets[0], LinearInterpolant(), 4, nets[1], refresh_every=1, **options)
+
+    def batch(seed):
+        label = torch.tensor([2, 0]) if num_classes else None
+        return make_batch(levels=(1, 3), seed=seed)._replace(label=label)
+
+    before, after = build(0), build(1)
+    for seed in range(3):
+        before(batch(seed))
+    state = as_saved_by_0_1(before.state_dict())
+    assert "feature_net.conv_in.weight" in state and state["source.num_updates"].shape == (4 * (num_classes + 1),)
+    if wrapped:  # as by DistributedDataParallel
+        nn.ModuleDict({"module": after}).load_state_dict({f"module.{name}": a for name, a in state.items()})
+    else:
+        after.load_state_dict(state)
+    assert before.source.num_updates.sum() == 6
+    loaded = after.state_dict()
+    for name, a in before.state_dict().items():
+        assert torch.equal(a, loaded[name]), name
+
+
+def test_tables_of_another_size_are_refused():
+    with pytest.raises(RuntimeError, match="size mismatch for clean"):
+        RunningEmbeddings(None, 4, 3).load_state_dict(RunningEmbeddings(None, 5, 3).state_dict())
+
+
+def test_checkpoints_of_0_1_resume(arguments, trained, trained_once):
+    """The steps to come are the same."""
+    checkpoint = trained / "checkpoint-3"
+    path, manifest = checkpoint / "model.safetensors", checkpoint / "complete.json"
+    state = as_saved_by_0_1(load_file(path))
+    assert not [name for name in state if name.startswith("net.")] and state["source.clean"].shape == (4, 8)
+    save_file(state, path, metadata={"format": "pt"})
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {path.name: path.stat().st_size}))
+    resumed = train(parse_config(Config, [*arguments, "--resume_from_checkpoint", str(checkpoint)]))
+    assert metrics(resumed) == metrics(trained_once)
+    for (name, a), b in zip(weights(trained_once).items(), weights(resumed).values()):
+        assert torch.equal(a, b), name

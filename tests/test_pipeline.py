@@ -1,13 +1,16 @@
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_pipeline
-from safetensors.torch import load_file
+from conftest import random_embeddings, tiny_features, tiny_pipeline
+from safetensors.torch import load_file, save_file
 
-from latent_dmmd import FeatureNet, LatentDMMDPipeline, MeanEmbeddings
-from latent_dmmd.pipeline import load_pipeline
+from latent_dmmd import LatentDMMDInpaintPipeline, LatentDMMDPipeline, MeanEmbeddings
+from latent_dmmd.flow import ApproximateFlow, ExactFlow, HybridFlow, flow_schedule
+from latent_dmmd.latent_pipeline import FlowOptions, bundled_pipelines
+from latent_dmmd.pipeline import LatentSchedulerPipeline, load_pipeline
 
 
 @pytest.fixture
@@ -22,7 +25,7 @@ def run(pipe, **options):
 
 
 @pytest.mark.parametrize("sampler", ["exact", "approximate", "hybrid"])
-def test_round_trip_gives_identical_pictures(pipe, tmp_path, sampler):
+def test_round_trip_gives_identical_images(pipe, tmp_path, sampler):
     before = run(pipe, sampler=sampler)
     pipe.save_pretrained(tmp_path)
     again = LatentDMMDPipeline.from_pretrained(tmp_path)
@@ -44,10 +47,11 @@ def test_output_types(pipe):
 
 def test_seeds_chunks_and_independence(pipe):
     assert torch.equal(run(pipe), run(pipe))
-    torch.testing.assert_close(run(pipe, chunk_size=2), run(pipe), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(
-        run(pipe, sampler="exact", chunk_size=2), run(pipe, sampler="exact"), atol=1e-5, rtol=1e-4
-    )
+    whole = {sampler: run(pipe, sampler=sampler) for sampler in ("approximate", "exact")}
+    for chunk_size in (2, None):
+        pipe.flow_options = FlowOptions(chunk_size=chunk_size)
+        for sampler, images in whole.items():
+            torch.testing.assert_close(run(pipe, sampler=sampler), images, atol=1e-5, rtol=1e-4)
     several = run(pipe, generator=[torch.Generator().manual_seed(i) for i in (5, 6, 7)])
     alone = run(pipe, batch_size=1, generator=torch.Generator().manual_seed(6))
     torch.testing.assert_close(several[1:2], alone, atol=1e-5, rtol=1e-4)
@@ -55,7 +59,8 @@ def test_seeds_chunks_and_independence(pipe):
 
 def test_statistics_and_given_latents(pipe):
     z = torch.randn(2, *run(pipe, output_type="latent").shape[1:])
-    same = run(pipe, batch_size=2, latents=z, step_size=1e-12, output_type="latent")
+    pipe.flow_options = FlowOptions(step_size=1e-12)
+    same = run(pipe, batch_size=2, latents=z, output_type="latent")
     torch.testing.assert_close(same, z)
     raw = z * torch.tensor([1.0, 2.0, 0.5, 1.5]).reshape(4, 1, 1) + torch.tensor([0.1, 0.2, 0.3, 0.4]).reshape(4, 1, 1)
     expected = (pipe.vae.decode(raw).sample / 2 + 0.5).clamp(0, 1)
@@ -78,12 +83,69 @@ def test_load_pipeline(pipe, tmp_path):
         load_pipeline(tmp_path)
 
 
-def test_options_reach_the_flow(pipe):
-    plain = run(pipe, sampler="exact", output_type="latent")
-    for options in ({"self_term": "leave-one-out"}, {"self_term": "independent"}, {"noise_injection": 0.2}):
-        z = run(pipe, sampler="exact", output_type="latent", **options)
-        assert z.isfinite().all() and not torch.allclose(z, plain, atol=1e-3)
-        assert torch.equal(z, run(pipe, sampler="exact", output_type="latent", **options))
+@pytest.mark.parametrize("step_size", [None, 0.02])
+@pytest.mark.parametrize("sampler", ["exact", "approximate", "hybrid"])
+def test_options_reach_the_flow(pipe, sampler, step_size):
+    """With a constant step, exact witnesses have their own length."""
+    net, stored, z = pipe.feature_net, pipe.mean_embeddings, torch.randn(3, 4, 16, 16)
+    pipe.flow_options = FlowOptions(step_size=step_size, chunk_size=2)
+    found = run(pipe, latents=z, sampler=sampler, output_type="latent")
+    flow = {"exact": ExactFlow, "approximate": ApproximateFlow, "hybrid": HybridFlow}[sampler]
+    expected = flow(net, stored, step_size=step_size).run(z, flow_schedule(stored, 4, 2))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    pipe.flow_options = FlowOptions(step_size=0.01)
+    assert not torch.allclose(run(pipe, latents=z, sampler=sampler, output_type="latent"), found, atol=1e-4)
+
+
+def test_options_are_of_one_pipeline(pipe, tiny_vae):
+    pipe.flow_options = FlowOptions(chunk_size=2)
+    assert tiny_pipeline(tiny_vae).flow_options == FlowOptions()
+
+
+def test_what_a_call_does_not_say_is_the_pipelines_own(pipe, tmp_path):
+    pipe.register_to_config(sampling=dict(sampler="exact", num_noise_levels=2, steps_per_level=3))
+    pipe.save_pretrained(tmp_path)
+    own = LatentDMMDPipeline.from_pretrained(tmp_path)
+    own.set_progress_bar_config(disable=True)
+    z, seen = torch.randn(3, 4, 16, 16), []
+    how = dict(latents=z, output_type="latent")
+    found = own(3, callback_on_step_end=lambda pipe, i, t, tensors: seen.append(t), **how).images
+    assert seen == [1.0] * 3 + [0.5] * 3
+    explicit = dict(sampler="exact", num_noise_levels=2, steps_per_level=3)
+    assert torch.equal(found, own(3, **explicit, **how).images)
+    for other in ({"sampler": "approximate"}, {"num_noise_levels": 4}, {"steps_per_level": 1}):
+        expected = own(3, **{**explicit, **other}, **how).images
+        assert torch.equal(own(3, **other, **how).images, expected)
+        assert not torch.allclose(expected, found, atol=1e-4)
+    # an NFE has precedence over levels and steps
+    assert torch.equal(own(3, num_inference_steps=8, **how).images, run(own, sampler="exact", **how))
+
+
+def test_a_pipeline_without_sampling_has_the_defaults():
+    torch.manual_seed(0)
+    pipe = LatentDMMDPipeline(tiny_features(), random_embeddings(30))
+    pipe.set_progress_bar_config(disable=True)
+    z = torch.randn(2, 2, 4, 4)
+    how = dict(latents=z, output_type="latent")
+    expected = pipe(2, num_noise_levels=25, steps_per_level=2, sampler="approximate", **how).images
+    assert torch.equal(pipe(2, **how).images, expected)
+    pipe = LatentDMMDPipeline(pipe.feature_net, pipe.mean_embeddings, sampling={"steps_per_level": 1})
+    assert vars(pipe.sampling_defaults) == dict(sampler="approximate", num_noise_levels=25, steps_per_level=1)
+
+
+def test_move_begins_at_the_highest_stored_level_up_to_start(pipe):
+    z, seen = torch.randn(3, 4, 16, 16), []
+    assert torch.equal(pipe.move(z, 8), run(pipe, latents=z, num_inference_steps=8, output_type="latent"))
+    moved = pipe.move(z, 6, 0.8, lambda pipe, i, t, tensors: seen.append((i, round(t, 2), len(tensors["latents"]))))
+    assert seen == [(i, t, 3) for i, t in enumerate([0.75, 0.75, 0.5, 0.5, 0.25, 0.25])]
+    steps = flow_schedule(pipe.mean_embeddings, 3, 2, 0.8)
+    expected = ApproximateFlow(pipe.feature_net, pipe.mean_embeddings).run(z, steps)
+    torch.testing.assert_close(moved, expected, atol=1e-5, rtol=1e-4)
+    assert pipe.trajectory(6, 0.8) == [0.75, *(step.end for step in steps)]
+    zeros = pipe.move(z, 6, 0.8, lambda pipe, i, t, tensors: {"latents": torch.zeros_like(z)} if i == 5 else None)
+    assert not zeros.any()
+    with pytest.raises(ValueError, match="start must be in"):
+        pipe.move(z, 6, 0.2)
 
 
 def test_callback_sees_every_step_and_may_replace_particles(pipe):
@@ -100,10 +162,8 @@ def test_callback_sees_every_step_and_may_replace_particles(pipe):
 
 def test_without_an_autoencoder_particles_are_pixels(tmp_path):
     torch.manual_seed(0)
-    net = FeatureNet(16, 3, 5, patch_size=4, block_out_channels=(8,), attention_levels=(False,), layers_per_block=1)
-    stored = MeanEmbeddings(2, 5)
-    stored.levels.copy_(torch.tensor([0.5, 1.0]))
-    stored.displacement.copy_(stored.levels)
+    net, stored = tiny_features(16, 3, 5, patch_size=4, attention_levels=(False,)), random_embeddings(2, 5)
+    stored.gradient_scale.zero_()
     pipe = LatentDMMDPipeline(net, stored)
     pipe.set_progress_bar_config(disable=True)
     z = torch.rand(2, 3, 16, 16) * 2 - 1
@@ -120,8 +180,9 @@ def test_without_an_autoencoder_particles_are_pixels(tmp_path):
         ({"batch_size": 0}, "batch_size"),
         ({"latents": torch.zeros(3, 4, 1, 1)}, "latents must have shape"),
         ({"num_noise_levels": 9}, "num_noise_levels"),
-        ({"self_term": "twice"}, "self_term"),
-        ({"noise_injection": -0.1}, "noise_injection"),
+        ({"steps_per_level": 0}, "steps_per_level"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"sampler": "euler"}, "sampler must be"),
     ],
 )
 def test_refuses_what_cannot_be(pipe, options, message):
@@ -130,9 +191,8 @@ def test_refuses_what_cannot_be(pipe, options, message):
 
 
 def test_refuses_an_autoencoder_of_other_latents(pipe):
-    net = FeatureNet(16, 3, 6, block_out_channels=(8,), attention_levels=(True,))
     with pytest.raises(ValueError, match="4 latent channels, the features take 3"):
-        LatentDMMDPipeline(net, pipe.mean_embeddings, pipe.vae)
+        LatentDMMDPipeline(tiny_features(16, 3), pipe.mean_embeddings, pipe.vae)
 
 
 def test_load_pipeline_refuses_what_is_not_ours(tmp_path):
@@ -145,12 +205,89 @@ ASSETS = Path(__file__).parents[1] / "latent_dmmd" / "assets"
 
 
 @pytest.mark.parametrize("folder", sorted(ASSETS.glob("elpv-*")), ids=lambda path: path.name)
-def test_bundled_pipelines_make_pictures(folder):
+def test_bundled_pipelines_make_images(folder):
     pipe = load_pipeline(folder)
     pipe.set_progress_bar_config(disable=True)
     images = pipe(2, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
     assert images.shape == (2, 3, 256, 256) and 0.05 < images.std() < 0.5
     assert "cc-by-nc-sa-4.0" in (folder / "README.md").read_text()
+
+
+def test_bundled_pipelines_load_by_name_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert bundled_pipelines() == sorted(folder.name for folder in ASSETS.glob("elpv-*"))
+    z = torch.randn(1, 8, 16, 16)
+    how = dict(latents=z, num_inference_steps=2, output_type="latent")
+    for name, cls in (("elpv-dmmd", LatentDMMDPipeline), ("elpv-flow-matching", LatentSchedulerPipeline)):
+        found = []
+        for pipe in (cls.from_pretrained(name), load_pipeline(name), load_pipeline(ASSETS / name)):
+            assert type(pipe) is cls
+            pipe.set_progress_bar_config(disable=True)
+            found.append(pipe(1, **how).images)
+        for other in found[1:]:  # to rounding: kernels depend on where tensors lie in memory
+            torch.testing.assert_close(other, found[0], atol=1e-4, rtol=1e-4)
+
+
+def test_a_folder_wins_over_the_bundled_pipeline_of_its_name(pipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pipe.save_pretrained("elpv-dmmd")
+    for loaded in (LatentDMMDPipeline.from_pretrained("elpv-dmmd"), load_pipeline("elpv-dmmd")):
+        assert loaded.net.config.num_features == 6 and loaded.config.latents_mean == [0.1, 0.2, 0.3, 0.4]
+
+
+def test_unknown_names_are_told_the_bundled_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="no pipeline in elpv-dmd.*elpv-dmmd, elpv-flow-matching"):
+        load_pipeline("elpv-dmd")
+
+
+def rewrite_as_0_1(folder):
+    """Make a saved pipeline one of version 0.1: no class dimension without classes, and the displacement of levels."""
+    path, index = folder / "mean_embeddings" / "diffusion_pytorch_model.safetensors", folder / "model_index.json"
+    tensors = load_file(path)
+    if len(tensors["clean"]) == 1:
+        tensors |= {name: tensors[name][0].contiguous() for name in ("clean", "noisy", "gradient_scale")}
+    save_file(tensors | {"displacement": tensors["levels"].clone()}, path, metadata={"format": "pt"})
+    parts = json.loads(index.read_text())
+    assert parts["mean_embeddings"] == ["latent_dmmd.embeddings", "MeanEmbeddings"]
+    parts["mean_embeddings"] = ["latent_dmmd.features", "MeanEmbeddings"]
+    del parts["sampling"]
+    index.write_text(json.dumps(parts))
+    return tensors
+
+
+@pytest.mark.parametrize(
+    "options, shape",
+    [
+        ({}, (4, 6)),
+        ({"num_points": 5, "discrepancy": {"name": "kale", "kernel": "linear"}}, (4, 5, 6)),
+        ({"num_classes": 2}, (3, 4, 6)),
+    ],
+    ids=["means", "features", "classes"],
+)
+def test_pipelines_saved_by_0_1_load(tmp_path, options, shape):
+    torch.manual_seed(0)
+    stored = random_embeddings(**options)
+    pipe = LatentDMMDPipeline(tiny_features(num_classes=options.get("num_classes", 0)), stored)
+    pipe.set_progress_bar_config(disable=True)
+    how = dict(latents=torch.randn(3, 2, 4, 4), num_inference_steps=8, output_type="latent")
+    before = pipe(3, **how).images
+    pipe.save_pretrained(tmp_path)
+    assert rewrite_as_0_1(tmp_path)["clean"].shape == shape
+    for loaded in (LatentDMMDPipeline.from_pretrained(tmp_path), load_pipeline(tmp_path)):
+        loaded.set_progress_bar_config(disable=True)
+        buffers = dict(loaded.mean_embeddings.named_buffers())
+        assert buffers.keys() == {"levels", "gradient_scale", "clean", "noisy"}
+        assert all(torch.equal(a, buffers[name]) for name, a in stored.named_buffers())
+        # not bit for bit: kernels depend on where tensors lie in memory
+        torch.testing.assert_close(loaded(3, **how).images, before, atol=1e-5, rtol=1e-5)
+    folder = tmp_path / "mean_embeddings"
+    _, found = MeanEmbeddings.from_pretrained(folder, output_loading_info=True)
+    assert not any(found.values()), found
+    # what is saved then has the new shapes
+    loaded.save_pretrained(tmp_path / "again")
+    saved = load_file(tmp_path / "again" / "mean_embeddings" / "diffusion_pytorch_model.safetensors")
+    assert saved.keys() == buffers.keys() and saved["clean"].shape == stored.clean.shape
 
 
 def test_bundled_pipelines_are_small():
@@ -164,3 +301,14 @@ def test_pickled_weights_are_refused(pipe, tmp_path):
         path.unlink()
     with pytest.raises(OSError):
         load_pipeline(tmp_path)
+
+
+def test_a_device_map_loads_what_0_1_saved():
+    pipe = LatentDMMDPipeline.from_pretrained("elpv-dmmd", device_map="cpu")
+    assert pipe.mean_embeddings.clean.shape[0] == 1
+    assert torch.equal(pipe.mean_embeddings.clean, load_pipeline("elpv-dmmd").mean_embeddings.clean)
+
+
+def test_another_pipeline_of_the_same_parts_keeps_the_options_of_its_flow(pipe):
+    pipe.flow_options = FlowOptions(chunk_size=3, step_size=0.1)
+    assert LatentDMMDInpaintPipeline.from_pipe(pipe).flow_options == pipe.flow_options

@@ -9,10 +9,10 @@ from accelerate.state import AcceleratorState, GradientState
 from conftest import hide_accelerators, metrics
 from processes import ROOT, run
 
-from latent_dmmd.cache import cache_latents
-from latent_dmmd.config import Config, parse_config
-from latent_dmmd.data import load_pictures
-from latent_dmmd.training import train
+from latent_dmmd.data.particles import cache_latents
+from latent_dmmd.data.sources import load_images
+from latent_dmmd.training.config import Config, parse_config
+from latent_dmmd.training.loop import train
 from latent_dmmd.utils.errors import ConfigError
 from latent_dmmd.utils.process import AUTO_PRECISION, default_device, own_accelerator, resolved_precision
 
@@ -54,8 +54,8 @@ def test_a_call_that_fails_leaves_nothing_behind(arguments, tmp_path):
     assert not any(state._shared_state for state in STATES)
 
 
-def test_caching_leaves_no_state_behind(tiny_vae, tiny_pictures, tmp_path):
-    cache_latents(tiny_vae, load_pictures(str(tiny_pictures), 32), tmp_path / "cache")
+def test_caching_leaves_no_state_behind(tiny_vae, tiny_images, tmp_path):
+    cache_latents(tiny_vae, load_images(str(tiny_images), 32), tmp_path / "cache", horizontal_flip=True, batch_size=8)
     assert not any(state._shared_state for state in STATES)
 
 
@@ -110,7 +110,9 @@ def test_a_forced_precision_reaches_a_script(arguments, tmp_path):
     assert losses["bf16"] == pytest.approx(losses["no"], rel=0.02)  # bf16 has 8 bits
 
 
-@pytest.mark.parametrize("markers, hidden", [("", True), ("not long and not gpu", True), ("long", True), ("gpu", False)])
+@pytest.mark.parametrize(
+    "markers, hidden", [("", True), ("not long and not gpu", True), ("long", True), ("gpu", False)]
+)
 def test_only_gpu_tests_see_a_gpu(markers, hidden):
     environment = {"CUDA_VISIBLE_DEVICES": "0"}
     hide_accelerators(markers, environment)
@@ -126,7 +128,7 @@ def test_this_session_computes_on_the_cpu(request):
 def test_figures_leave_the_backend_alone(trained, tmp_path, monkeypatch):
     import matplotlib
 
-    from latent_dmmd.pictures import plot_losses
+    from latent_dmmd.training.metrics_file import plot_losses
 
     monkeypatch.setitem(matplotlib.rcParams, "backend", "svg")
     plot_losses(trained / "metrics.jsonl", tmp_path / "losses.png")

@@ -19,11 +19,12 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from latent_dmmd import methods
-from latent_dmmd.complexity import PeakMemory
-from latent_dmmd.config import Config, parse_config
+from latent_dmmd.methods import witness
 from latent_dmmd.pipeline import LatentDMMDPipeline, load_pipeline
-from latent_dmmd.training import Trainer, train
+from latent_dmmd.training.config import Config, parse_config
+from latent_dmmd.training.loop import train
+from latent_dmmd.training.trainer import Trainer
+from latent_dmmd.utils.benchmark import PeakMemory
 from latent_dmmd.utils.process import default_device, resolved_precision
 
 CONFIG = Path(__file__).parents[1] / "configs" / "celebahq256_latent.yaml"
@@ -86,12 +87,12 @@ class Meter:
         self.flops, self.saved_bytes, self.num_parameters = None, 0, None
         self.seconds, self.peak_mb, self.resident_mb = [], [], 0.0
 
-    def step(self, trainer, number, cache):
+    def step(self, trainer, number, particles):
         if self.flops is not None:
             self.resident_mb = max(self.resident_mb, peak_resident_mb())
             start = time.perf_counter()
             with PeakMemory(trainer.accelerator.device) as peak:
-                result = STEP(trainer, number, cache)
+                result = STEP(trainer, number, particles)
             self.seconds.append(time.perf_counter() - start)
             self.peak_mb.append(peak.mb)
             return result
@@ -110,7 +111,7 @@ class Meter:
 
         counter = FlopCounterMode(display=False)
         with counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            result = STEP(trainer, number, cache)
+            result = STEP(trainer, number, particles)
         self.flops = counter.get_total_flops()
         return result
 
@@ -131,10 +132,10 @@ def test_the_main_job_end_to_end(folder, monkeypatch, capsys, record_property):
     num_autoencoder_parameters = save_autoencoder(folder / "vae")
     save_images(folder / "images")
     meter = Meter()
-    monkeypatch.setattr(Trainer, "step", lambda trainer, number, cache: meter.step(trainer, number, cache))
+    monkeypatch.setattr(Trainer, "step", lambda trainer, number, particles: meter.step(trainer, number, particles))
     # 50 levels are measured after training: with a few particles each instead of 128, which takes half an hour
-    monkeypatch.setattr(methods, "NUM_MEASURED_PAIRS", 2)
-    monkeypatch.setattr(methods, "NUM_CALIBRATION_PARTICLES", 2)
+    monkeypatch.setattr(witness, "NUM_MEASURED_PAIRS", 2)
+    monkeypatch.setattr(witness, "NUM_CALIBRATION_PARTICLES", 2)
     options = {
         "config": CONFIG,
         "data.name_or_path": folder / "images",

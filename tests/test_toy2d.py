@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from latent_dmmd.discrepancy import mmd2
-from latent_dmmd.kernels import GaussianKernel
-from latent_dmmd.toy2d import (
+from latent_dmmd.experiments.toy2d import (
     TARGETS,
     adaptive_bandwidth,
     energy_distance,
@@ -23,6 +22,7 @@ from latent_dmmd.toy2d import (
     toy_report,
     train_toy,
 )
+from latent_dmmd.kernels import GaussianKernel
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "toy2d.py"
 

@@ -1,21 +1,33 @@
 import json
 import math
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import pytest
 import torch
 from conftest import metrics, weights
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from processes import ROOT, Child, run, wait_until
 
 from latent_dmmd import LatentDMMDPipeline
-from latent_dmmd.config import Config, parse_config
-from latent_dmmd.pipeline import load_pipeline
-from latent_dmmd.training import draw_batch, learning_rate_at, train
+from latent_dmmd.data.particles import LatentCache
+from latent_dmmd.latent_pipeline import FlowOptions
+from latent_dmmd.methods import METHODS, Method, MethodConfig, register
+from latent_dmmd.methods.base import latent_options
+from latent_dmmd.methods.flow_matching import velocity_net
+from latent_dmmd.objective import Objective, Terms, WitnessMatching
+from latent_dmmd.pipeline import LatentSchedulerPipeline, load_pipeline
+from latent_dmmd.training.config import Config, parse_config
+from latent_dmmd.training.loop import train
+from latent_dmmd.training.trainer import Trainer, learning_rate_at, step_generators
 from latent_dmmd.utils.errors import ConfigError
+from latent_dmmd.utils.process import own_accelerator
 
 
 @pytest.mark.parametrize("objective", [["dmmd"], ["witness-matching"], ["witness-matching", "batch"]])
@@ -65,11 +77,13 @@ def test_every_discrepancy_and_process_trains_and_samples(arguments, tmp_path, e
     stored = pipe.mean_embeddings
     assert stored.config.discrepancy == config.objective.discrepancy_options()
     assert stored.config.forward_process == config.objective.forward_process
-    assert stored.clean.shape == ((4, 8) if stored.discrepancy.needs_means_only else (4, 6, 8))
+    assert stored.clean.shape == ((1, 4, 8) if stored.discrepancy.needs_means_only else (1, 4, 6, 8))
     for sampler in ("exact", "approximate", "hybrid"):
         options = {"num_noise_levels": 4, "steps_per_level": 2, "batch_size": 3, "output_type": "latent"}
+        pipe.flow_options = FlowOptions()
         z = pipe(sampler=sampler, generator=torch.Generator().manual_seed(0), **options).images
-        still = pipe(sampler=sampler, generator=torch.Generator().manual_seed(0), step_size=1e-9, **options).images
+        pipe.flow_options = FlowOptions(step_size=1e-9)
+        still = pipe(sampler=sampler, generator=torch.Generator().manual_seed(0), **options).images
         assert z.isfinite().all() and (z - still).abs().max() > 0.01
 
 
@@ -77,11 +91,11 @@ def test_every_discrepancy_and_process_trains_and_samples(arguments, tmp_path, e
     "method, term", [("flow-matching", "cosine"), ("ddpm", "noise_prediction"), ("mmd-gan", "mmd2")]
 )
 @pytest.mark.parametrize("space", ["latent", "pixel"])
-def test_baselines_train_and_sample_by_one_key(arguments, method, term, space):
+def test_baselines_train_and_sample_by_one_key(plain_arguments, method, term, space):
     extra = ["--objective.name", method]
     if space == "pixel":
         extra += ["--autoencoder.name_or_path", "null", "--feature_net.patch_size", "8"]
-    folder = train(parse_config(Config, [*arguments, *extra]))
+    folder = train(parse_config(Config, [*plain_arguments, *extra]))
     line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert term in line and all(math.isfinite(value) for value in line.values())
     pipe = load_pipeline(folder / "pipeline")
@@ -95,10 +109,91 @@ def test_baselines_train_and_sample_by_one_key(arguments, method, term, space):
     assert all(z.isfinite().all() and z.shape[0] == 3 for z in draws) and not torch.equal(*draws)
 
 
-def test_samples_of_a_baseline(arguments, tmp_path, monkeypatch):
-    import runpy
+@dataclass
+class ToyConfig(MethodConfig):
+    """Keys of a method that the package does not know.
 
-    folder = train(parse_config(Config, [*arguments, "--objective.name", "flow-matching"]))
+    Args:
+        share: What is left of a particle.
+    """
+
+    name: str = "toy"
+    share: float = 1.0
+
+
+class Points(NamedTuple):
+    x: torch.Tensor
+
+
+class Shrinking(Objective):
+    """The network learns to move particles x to `share` · x in one step."""
+
+    def __init__(self, net, share):
+        super().__init__(net)
+        self.share = share
+
+    def draw(self, particles, num_levels, num_pairs, generators):
+        return Points(particles.draw(num_levels * num_pairs, generators.own))
+
+    def forward(self, batch):
+        moved = batch.x - self.net(batch.x, batch.x.new_ones(()))
+        error = (moved - self.share * batch.x).square().mean()
+        return Terms(error, {"shrinking": error.detach()})
+
+
+class Toy(Method):
+    name, title, config_class, one_step = "toy", "Toy", ToyConfig, True
+
+    def network(self, net, shape, num_classes=0):
+        return velocity_net(net, shape)
+
+    def objective(self, network, averaged_net):
+        return Shrinking(network, self.options.share)
+
+    def pipeline(self, objective, averaged_net, particles, vae, sampling, seed, class_names=()):
+        options = latent_options(particles, vae) | self.sampling_options(sampling)
+        return LatentSchedulerPipeline(averaged_net, FlowMatchEulerDiscreteScheduler(), **options)
+
+
+@pytest.fixture
+def toy_method(monkeypatch):
+    """The toy method is known for the length of a test."""
+    monkeypatch.setitem(METHODS, "toy", Toy)
+    assert register(Toy) is Toy  # again, as when its module is reloaded
+
+
+def test_a_method_from_outside_trains_and_samples(toy_method, plain_arguments):
+    extra = ["--objective.name", "toy", "--objective.share", "0.5"]
+    config = parse_config(Config, [*plain_arguments, *extra])
+    assert isinstance(config.method, Toy) and config.objective.share == 0.5
+    folder = train(config)
+    assert all(math.isfinite(line["shrinking"]) for line in metrics(folder)) and len(metrics(folder)) == 6
+    assert parse_config(Config, ["--config", str(folder / "config.yaml")]).objective == config.objective
+    assert "# Toy" in (folder / "pipeline" / "README.md").read_text() and (folder / "samples.png").exists()
+    pipe = load_pipeline(folder / "pipeline")
+    assert pipe.config.num_inference_steps == 1  # of a method in one step
+    images = pipe(3, generator=torch.Generator().manual_seed(0), output_type="pt").images
+    assert images.shape == (3, 3, 32, 32) and images.isfinite().all()
+    with pytest.raises(ConfigError, match="another objective.share"):
+        train(parse_config(Config, [*plain_arguments, *extra[:2], "--objective.share", "0.25"]))
+
+
+def test_keys_and_names_of_a_method_from_outside(toy_method, plain_arguments):
+    for other in ("dmmd", "flow-matching"):
+        with pytest.raises(ConfigError, match=f"^objective.share is a key of toy, and not of {other}; "):
+            parse_config(Config, [*plain_arguments, "--objective.name", other, "--objective.share", "0.5"])
+    with pytest.raises(ConfigError, match="^objective.momentum is a key of witness-matching, and not of toy; "):
+        parse_config(Config, [*plain_arguments, "--objective.name", "toy", "--objective.momentum", "0.5"])
+    with pytest.raises(ConfigError, match="must be one of .*flow-matching.*toy; got 'toi'; did you mean toy"):
+        parse_config(Config, [*plain_arguments, "--objective.name", "toi"])
+    with pytest.raises(ConfigError, match="data.class_conditional needs .*; got toy"):
+        parse_config(Config, [*plain_arguments, "--objective.name", "toy", "--data.class_conditional", "true"])
+    with pytest.raises(ValueError, match="'toy' is registered already"):
+        register(type("Another", (Method,), {"name": "toy"}))
+
+
+def test_samples_of_a_baseline(plain_arguments, tmp_path, monkeypatch):
+    folder = train(parse_config(Config, [*plain_arguments, "--objective.name", "flow-matching"]))
     command = f"sample.py --pipeline {folder / 'pipeline'} --num_images 2 --num_inference_steps 3 --output_dir"
     monkeypatch.setattr(sys, "argv", [*command.split(), str(tmp_path / "samples")])
     runpy.run_path(str(ROOT / "scripts" / "sample.py"), run_name="__main__")
@@ -136,11 +231,11 @@ def test_a_finished_run_goes_on_at_a_constant_learning_rate(arguments, tmp_path)
         train(parse_config(Config, [*cosine, "--training.num_steps", "9"]))
 
 
-def test_skipped_pictures_are_not_shown_either(arguments, tiny_pictures):
-    """More bad pictures than good ones, so that some are among any eight."""
-    for path in sorted(tiny_pictures.iterdir())[2:]:
-        path.write_bytes(b"not a picture")
-    data = ["--data.name_or_path", str(tiny_pictures), "--data.cache_dir", str(tiny_pictures.parent / "cache")]
+def test_skipped_images_are_not_shown_either(arguments, tiny_images):
+    """More bad images than good ones, so that some are among any eight."""
+    for path in sorted(tiny_images.iterdir())[2:]:
+        path.write_bytes(b"not an image")
+    data = ["--data.name_or_path", str(tiny_images), "--data.cache_dir", str(tiny_images.parent / "cache")]
     folder = train(parse_config(Config, [*arguments, *data, "--data.on_bad_image", "skip"]))
     assert (folder / "samples.png").exists()
 
@@ -204,8 +299,6 @@ def test_refuses_another_configuration_in_the_same_folder(arguments, trained, tm
 
 
 def test_not_finite_stops_before_the_update(arguments, tmp_path, monkeypatch):
-    from latent_dmmd.objective import WitnessMatching
-
     original = WitnessMatching.forward
     calls = []
 
@@ -225,14 +318,16 @@ def test_not_finite_stops_before_the_update(arguments, tmp_path, monkeypatch):
 
 def test_batches_are_a_function_of_seed_rank_and_step(arguments):
     config = parse_config(Config, arguments)
-    from latent_dmmd.cache import LatentCache
-
     cache = LatentCache(((torch.randn(5, 2, 4, 2, 2), None),), torch.zeros(4), torch.ones(4))
-    a, again = (draw_batch(cache, config.training, 4, rank=0, step=7) for _ in range(2))
-    other_rank = draw_batch(cache, config.training, 4, rank=1, step=7)
-    assert all(torch.equal(x, y) for x, y in zip(a[:4], again[:4]))
+    seed = config.training.seed
+    with own_accelerator("no") as accelerator:
+        trainer = Trainer(config, (4, 2, 2), accelerator)
+        objective = trainer.objective
+        a, again = trainer.draw(cache, 7), objective.draw(cache, 2, 4, step_generators(seed, rank=0, step=7))
+        other_rank = objective.draw(cache, 2, 4, step_generators(seed, rank=1, step=7))
+        levels = torch.stack([trainer.draw(cache, step).level for step in range(200)])
+    assert a.label is None and all(torch.equal(x, y) for x, y in zip(a[:4], again[:4]))
     assert torch.equal(a.level, other_rank.level) and not torch.equal(a.eps, other_rank.eps)
-    levels = torch.stack([draw_batch(cache, config.training, 4, 0, step).level for step in range(200)])
     assert (levels[:, 0] < 2).all() and (levels[:, 1] >= 2).all() and levels.unique().tolist() == [0, 1, 2, 3]
 
 
@@ -250,7 +345,7 @@ def test_scripts_end_to_end(arguments, tmp_path):
     trained = subprocess.run(command, capture_output=True, text=True)
     assert trained.returncode == 0, trained.stderr
     last = trained.stdout.strip().splitlines()[-2:]
-    assert "samples.png" in last[0] and "scripts/sample.py" in last[1]
+    assert last[0].startswith("images: ") and "samples.png" in last[0] and "scripts/sample.py" in last[1]
     out = tmp_path / "samples"
     how = ["--num_images", "3", "--num_noise_levels", "4", "--steps_per_level", "1", "--seed", "1"]
     pipeline = ["--pipeline", tmp_path / "run" / "pipeline", "--output_dir", out]
@@ -275,8 +370,6 @@ def test_scripts_end_to_end(arguments, tmp_path):
 )
 def test_bad_input_is_one_line_and_writes_nothing(arguments, tmp_path, extra, message, capsys, monkeypatch):
     """The script's own main, in this process, since a launch takes seconds."""
-    import runpy
-
     monkeypatch.setattr(sys, "argv", ["train_latent.py", *arguments, *extra])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / "scripts" / "train_latent.py"), run_name="__main__")

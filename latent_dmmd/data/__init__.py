@@ -1,0 +1,1 @@
+"""Images, the frozen autoencoder, and the particles that training draws from."""

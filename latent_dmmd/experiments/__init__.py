@@ -1,0 +1,1 @@
+"""Measurements that the docs report: comparisons, costs, diagnosis, two dimensions."""

@@ -1,0 +1,110 @@
+"""Stages of a comparison that run in processes of their own, whose memory and threads leave nothing behind."""
+
+import multiprocessing
+import os
+import platform
+import resource
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from latent_dmmd.data.autoencoder import load_autoencoder
+from latent_dmmd.data.particles import LatentCache, Particles, PixelCache
+from latent_dmmd.latent_pipeline import FlowOptions
+from latent_dmmd.pipeline import load_pipeline
+from latent_dmmd.training.config import Config
+from latent_dmmd.training.loop import probe_latents, train
+from latent_dmmd.training.trainer import Trainer
+from latent_dmmd.utils.benchmark import measure
+from latent_dmmd.utils.process import default_device, own_accelerator
+
+CALIBRATION_STEPS = 4  # as many as lie between two refreshes of running means
+
+
+def sampling_costs(
+    folders: dict[str, Path], ways: dict[str, tuple[str, dict]], dmmd: str, nfe: int = 5, num_images: int = 32
+) -> dict[str, dict]:
+    """Seconds and peak memory of one NFE per image for every way, an entry and options; and of decoding one."""
+    pipes = {name: load_pipeline(folder) for name, folder in folders.items()}
+    for pipe in pipes.values():
+        pipe.set_progress_bar_config(disable=True)
+        pipe.flow_options = FlowOptions(chunk_size=None)
+    how = {"num_inference_steps": nfe, "output_type": "latent"}
+    z = pipes[dmmd].initial_particles(num_images, torch.Generator().manual_seed(0))
+    tasks = {label: partial(pipes[name], num_images, **how, **options) for label, (name, options) in ways.items()}
+    tasks["decode"] = partial(pipes[dmmd].decode, z, "pt")
+    costs = measure(tasks, pipes[dmmd].device, repeats=7)
+    each = {label: num_images * (1 if label == "decode" else nfe) for label in tasks}
+    return {label: {"seconds": cost.seconds / each[label], "peak_mb": cost.peak_mb} for label, cost in costs.items()}
+
+
+def machine() -> dict:
+    """What the figures were measured on."""
+    gpu = torch.cuda.get_device_name() if default_device().type == "cuda" else None
+    return {"gpu": gpu, "threads": torch.get_num_threads(), "torch": torch.__version__, "system": platform.system()}
+
+
+def in_a_process(function, *args):
+    """The function's value from a process of its own, whose memory and threads leave nothing behind."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=end_with_parent, initargs=(os.getpid(),)) as pool:
+        return pool.submit(function, *args).result()
+
+
+def end_with_parent(parent: int) -> None:
+    """Send this process SIGTERM when its parent is gone: a killed comparison leaves nothing running."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def train_and_measure(config: Config) -> float:
+    """Train; the peak memory in MB: of the GPU, or of this process."""
+    train(config)
+    if default_device().type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform != "darwin" else 2**20)
+
+
+def step_costs(configs: dict[str, Config], repeats: int = 5) -> dict[str, dict]:
+    """Seconds and parameters of a training step of each configuration, on particles that are noise, taking turns.
+
+    Raises ConfigError if the configurations have several precisions, which one process cannot have at a time.
+    """
+    with ExitStack() as stack:
+        tasks, sizes = {}, {}
+        for name, config in configs.items():
+            accelerator = stack.enter_context(own_accelerator(config.training.mixed_precision))
+            side, generator = config.data.resolution, torch.Generator().manual_seed(0)
+            if config.autoencoder.name_or_path:
+                vae = load_autoencoder(config.autoencoder.name_or_path, accelerator.device)
+                z = torch.randn(64, 1, *probe_latents(vae, side).shape[1:], generator=generator, device="cpu")
+                cache = LatentCache(((z, None),), z.new_zeros(z.shape[2]), z.new_ones(z.shape[2]))
+            else:
+                shape = (64, 3, side, side)
+                images = torch.randint(256, shape, dtype=torch.uint8, generator=generator, device="cpu")
+                zeros, ones = torch.zeros(3, device="cpu"), torch.ones(3, device="cpu")
+                cache = PixelCache(images, config.data.horizontal_flip, zeros, ones)
+            trainer = Trainer(config, tuple(cache.draw(1, generator).shape[1:]), accelerator)
+            sizes[name] = sum(p.numel() for p in trainer.network.parameters())
+
+            def task(trainer: Trainer = trainer, cache: Particles = cache) -> None:
+                for step in range(CALIBRATION_STEPS):
+                    trainer.step(step, cache)
+
+            tasks[name] = task
+        costs = measure(tasks, accelerator.device, repeats)
+    return {
+        name: {"seconds": costs[name].seconds / CALIBRATION_STEPS, "num_parameters": sizes[name]} for name in configs
+    }

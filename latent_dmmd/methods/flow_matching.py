@@ -1,0 +1,48 @@
+"""Flow matching, on the same U-Net, batches and loop."""
+
+from dataclasses import dataclass
+
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import nn
+
+from latent_dmmd.baselines import FlowMatching, VelocityNet
+from latent_dmmd.methods.base import Method, MethodConfig, NetConfig, latent_options, register
+from latent_dmmd.objective import Objective
+from latent_dmmd.pipeline import LatentSchedulerPipeline
+
+
+def velocity_net(net: NetConfig, shape: tuple[int, int, int]) -> VelocityNet:
+    """The U-Net whose maps are its output."""
+    sizes = net.unet(shape)
+    del sizes["num_classes"]
+    return VelocityNet(**sizes)
+
+
+@dataclass
+class FlowMatchingConfig(MethodConfig):
+    """Flow matching has no keys of its own."""
+
+    name: str = "flow-matching"
+
+
+@register
+class FlowMatchingMethod(Method):
+    """`baselines.FlowMatching`, sampled by Euler steps."""
+
+    name, title, config_class = "flow-matching", "Flow matching", FlowMatchingConfig
+
+    def network(self, net: NetConfig, shape: tuple[int, int, int], num_classes: int = 0) -> nn.Module:
+        return velocity_net(net, shape)
+
+    def objective(self, network: nn.Module, averaged_net: nn.Module) -> Objective:
+        return FlowMatching(network)
+
+    def pipeline(
+        self, objective, averaged_net, particles, vae, sampling, seed, class_names=()
+    ) -> LatentSchedulerPipeline:
+        options = latent_options(particles, vae) | self.sampling_options(sampling)
+        return LatentSchedulerPipeline(self.generator(averaged_net), FlowMatchEulerDiscreteScheduler(), **options)
+
+    def generator(self, averaged_net: nn.Module) -> VelocityNet:
+        """The part of the averaged network that generates."""
+        return averaged_net

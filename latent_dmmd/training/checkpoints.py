@@ -1,0 +1,195 @@
+"""Run folders and their checkpoints: written aside and renamed, complete or passed over, and free of code.
+
+A checkpoint holds what Accelerate saves (weights as safetensors; optimiser and random states, which PyTorch reads with
+`weights_only`), the averaged weights as safetensors, and `complete.json`, the size of every file, written last.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from latent_dmmd.training.config import differing_keys
+from latent_dmmd.utils.errors import ConfigError, one_line
+
+MANIFEST, AVERAGES = "complete.json", "averages.safetensors"
+
+
+def prepare_run_folder(config: object, may_differ: tuple[str, ...] = ()) -> Path:
+    """Create the run folder. Raises ConfigError if it holds a run of another configuration, or foreign files.
+
+    Args:
+        config: With an `output_dir`.
+        may_differ: Keys that may have changed since the run was started, besides those that never matter.
+    """
+    folder = Path(config.output_dir)
+    saved = folder / "config.yaml"
+    if saved.exists():
+        harmless = (
+            "sampling.",
+            "training.checkpoint",
+            "training.log",
+            "data.num_workers",
+            "data.cache_dir",
+            *may_differ,
+        )
+        changed = [name for name in differing_keys(config, saved) if not name.startswith(harmless)]
+        if changed:
+            raise ConfigError(f"{folder} holds a run with another {', '.join(changed)}; choose another --output_dir")
+    elif folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty and holds no run; choose another --output_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint holds every file that was written, at its size."""
+    try:
+        sizes = json.loads((checkpoint / MANIFEST).read_text())
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The step in a checkpoint's name; None if there is none."""
+    step = checkpoint.name.removeprefix("checkpoint-")
+    return int(step) if step.isdigit() else None
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    found = [p for p in folder.glob("checkpoint-*") if step_of(p) is not None and is_complete(p)]
+    return sorted(found, key=step_of)
+
+
+def pass_over_incomplete(accelerator: Accelerator, folder: Path) -> None:
+    """Name the checkpoints that a run left unfinished, in the main process; what was never renamed is deleted."""
+    if not accelerator.is_main_process:
+        return
+    names = [p.name for p in folder.glob("checkpoint-*") if step_of(p) is not None and not is_complete(p)]
+    for aside in folder.glob(".checkpoint-*"):
+        names.append(aside.name)
+        shutil.rmtree(aside, ignore_errors=True)
+    if names:
+        accelerator.print(f"passing over {', '.join(sorted(names))}: not complete")
+
+
+def checkpoint_to_resume(folder: Path, wanted: str | None, num_steps: int) -> Path | None:
+    """The checkpoint to go on from, or None to start.
+
+    Args:
+        folder: The run folder.
+        wanted: A checkpoint folder; the latest complete one of the run folder if "latest" or None.
+        num_steps: Steps of the run.
+
+    Raises:
+        ConfigError: If the one asked for is not there or not complete, or the latest has more steps than the run.
+    """
+    if wanted not in (None, "latest"):
+        if not Path(wanted).is_dir():
+            raise ConfigError(f"no checkpoint {wanted}; pass a checkpoint folder or 'latest'")
+        if not is_complete(Path(wanted)):
+            raise ConfigError(f"{wanted} is not complete; pass another checkpoint folder or 'latest'")
+        return Path(wanted)
+    latest = next(reversed(checkpoints_in(folder)), None)
+    if latest is not None and step_of(latest) > num_steps:
+        raise ConfigError(
+            f"{folder} has already been trained longer, see {latest.name}; raise training.num_steps or choose another "
+            "--output_dir"
+        )
+    return latest
+
+
+@contextmanager
+def writing(what: Path, folder: Path) -> Iterator[None]:
+    """Context in which a run folder is written to. Raises OSError, in one line that names the last checkpoint."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have types of their own for it
+        last = next(reversed(checkpoints_in(folder)), None)
+        kept = f"the last checkpoint, {last.name}, is intact" if last else "there is no checkpoint yet"
+        free = shutil.disk_usage(folder).free // 2**20
+        raise OSError(f"cannot write {what}: {one_line(error)}; {free} MB free there; {kept}") from error
+
+
+def save_checkpoint(
+    accelerator: Accelerator, network: nn.Module, ema: EMAModel, folder: Path, step: int, limit: int
+) -> None:
+    """Write a checkpoint aside, rename it, then prune the oldest: there is always a complete one after the first.
+
+    Args:
+        accelerator: Whose prepared objects are saved, on every rank.
+        network: Whose parameters are averaged.
+        ema: Their averages.
+        folder: The run folder.
+        step: Steps that are done.
+        limit: Checkpoints that are kept.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    final, aside = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}"
+    if accelerator.is_main_process:
+        shutil.rmtree(aside, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    with writing(final, folder):
+        try:
+            accelerator.save_state(aside)
+            if accelerator.is_main_process:
+                averages = {name: a.contiguous() for (name, _), a in zip(network.named_parameters(), ema.shadow_params)}
+                save_file(averages, aside / AVERAGES, metadata={"num_updates": str(ema.optimization_step)})
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                sizes = {p.name: p.stat().st_size for p in sorted(aside.iterdir())}
+                (aside / MANIFEST).write_text(json.dumps(sizes, indent=2))
+                discard(final)
+                os.replace(aside, final)
+                for old in checkpoints_in(folder)[:-limit]:
+                    discard(old)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+
+def load_checkpoint(accelerator: Accelerator, network: nn.Module, ema: EMAModel, checkpoint: Path) -> int:
+    """Read what `save_checkpoint` wrote, running no code that it holds.
+
+    Args:
+        accelerator: Whose prepared objects are loaded, on every rank.
+        network: Whose parameters are averaged.
+        ema: Their averages.
+        checkpoint: The checkpoint's folder.
+
+    Returns:
+        Steps that were done.
+
+    Raises:
+        ConfigError: If it cannot be read, or is of another network.
+    """
+    try:
+        accelerator.load_state(checkpoint)
+        averages = load_file(checkpoint / AVERAGES)
+        for (name, _), average in zip(network.named_parameters(), ema.shadow_params):
+            average.copy_(averages[name])
+        with safe_open(checkpoint / AVERAGES, "pt") as file:
+            ema.optimization_step = int(file.metadata()["num_updates"])
+        return step_of(checkpoint)
+    except Exception as error:  # damaged files trip torch, pickle and safetensors over many types
+        raise ConfigError(f"cannot read {checkpoint}: {one_line(error)}; pass an older checkpoint folder") from error
+
+
+def discard(checkpoint: Path) -> None:
+    """Delete a checkpoint; one half deleted no longer has its name."""
+    if checkpoint.exists():
+        aside = checkpoint.with_name(f".{checkpoint.name}.old")
+        os.replace(checkpoint, aside)
+        shutil.rmtree(aside)

@@ -1,0 +1,94 @@
+"""What a run leaves for others: the pipeline with its model card, and the images that show it."""
+
+from pathlib import Path
+
+import torch
+import yaml
+from PIL import Image
+
+from latent_dmmd.data.autoencoder import Autoencoder, reconstruct
+from latent_dmmd.data.particles import Particles
+from latent_dmmd.data.sources import ImageSource
+from latent_dmmd.pipeline import LatentPipeline
+from latent_dmmd.training.config import Config, as_dict
+from latent_dmmd.training.trainer import Trainer
+from latent_dmmd.utils.files import write_aside
+from latent_dmmd.utils.images import labelled_grid, to_uint8
+
+
+def save_pipeline(pipeline: LatentPipeline, config: Config, folder: Path, num_images: int) -> None:
+    """Save a pipeline with its model card, in the place of one that is there."""
+
+    def write(aside: Path) -> None:
+        pipeline.save_pretrained(aside)
+        (aside / "README.md").write_text(model_card(config, num_images))
+
+    write_aside(folder, write)
+
+
+def model_card(config: Config, num_images: int) -> str:
+    """The README of a saved pipeline."""
+    elpv = config.data.name_or_path.startswith("elpv")
+    licence = "cc-by-nc-sa-4.0" if elpv else "other"
+    terms = (
+        "The weights derive from the ELPV photographs (Buerhop-Lutz et al., 2018; CC BY-NC-SA 4.0) and follow that "
+        "licence: attribution, non-commercial use, share alike."
+        if elpv
+        else "The weights derive from the data below and follow their terms."
+    )
+    where = "in the latent space of a frozen autoencoder" if config.autoencoder.name_or_path else "on pixels"
+    settings = yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True)
+    return f"""---
+library_name: diffusers
+license: {licence}
+pipeline_tag: unconditional-image-generation
+---
+
+# {config.method.title}
+
+{config.method.summary} {config.data.resolution}×{config.data.resolution} images
+{where}. {terms}
+
+Trained on {num_images} images of `{config.data.name_or_path}`.
+
+```python
+from latent_dmmd.pipeline import load_pipeline
+
+pipe = load_pipeline("THIS_FOLDER")
+image = pipe().images[0]
+```
+
+## Configuration
+
+```yaml
+{settings}```
+"""
+
+
+def log_samples(trainer: Trainer, particles: Particles, vae: Autoencoder | None, step: int) -> None:
+    """Send images of the averaged network to the trackers, always of the same initial noise."""
+    pipeline, options = trainer.pipeline(vae, particles), trainer.config.sampling
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        min(8, options.num_images),
+        generator=torch.Generator().manual_seed(options.seed),
+        output_type="pt",
+        **trainer.method.sampling_options(options),
+    ).images.cpu()
+    for tracker in trainer.accelerator.trackers:
+        tracker.log_images({"samples": images}, step=step)
+
+
+def sample_grid(pipeline: LatentPipeline, source: ImageSource, skipped: tuple[str, ...], config: Config) -> Image.Image:
+    """Generated images above real ones, none of the skipped, and their reconstructions."""
+    options, how = config.sampling, config.method.sampling_options(config.sampling)
+    pipeline.set_progress_bar_config(desc="sampling")
+    generator = torch.Generator().manual_seed(options.seed)
+    generated = pipeline(batch_size=options.num_images, generator=generator, output_type="pt", **how).images
+    real = source.examples(8, options.seed, skipped)
+    nfe = how.get("num_inference_steps") or options.num_noise_levels * options.steps_per_level
+    label = f"generated ({how.get('sampler', config.objective.name)}, {nfe} NFE)"
+    rows = {label: to_uint8(generated.cpu() * 2 - 1), "real": real}
+    if pipeline.vae is not None:
+        rows["real, through the autoencoder"] = reconstruct(pipeline.vae, real)
+    return labelled_grid(rows)

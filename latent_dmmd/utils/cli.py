@@ -1,0 +1,15 @@
+"""What the scripts share: invalid input prints one line and exits with code 2."""
+
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable
+from pathlib import Path
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script's `main`; an error that the user can mend becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except (ArgumentError, ValueError, ImportError, OSError, FloatingPointError) as error:
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,52 @@
+"""Files and folders that a reader sees whole or not at all."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from latent_dmmd.utils.errors import one_line
+
+
+def write_aside(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file or a folder under another name, then rename it: a reader sees all of it or nothing.
+
+    Args:
+        path: The file or folder, which may exist.
+        write: Writes it at the path it is given.
+
+    Raises:
+        OSError: If it cannot be written; the message names the file.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(aside)
+        put_in_place(aside, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write {path}: {one_line(error)}") from error
+    finally:
+        if aside.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.unlink(missing_ok=True)
+
+
+def put_in_place(aside: Path, path: Path) -> None:
+    """Rename a file or a folder; a folder that has the name makes way, and half deleted it no longer has it."""
+    if path.is_dir():
+        old = path.with_name(f".{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(path, old)
+        os.replace(aside, path)
+        shutil.rmtree(old)
+    else:
+        os.replace(aside, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write plain values, indented, into a folder that is made. Raises OSError if they cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(path, lambda aside: aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n"))

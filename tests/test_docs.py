@@ -1,0 +1,136 @@
+"""What README and docs say is true: commands parse, names exist, links resolve, snippets run anywhere."""
+
+import importlib
+import re
+import runpy
+import shlex
+import sys
+
+import jsonargparse
+import pytest
+from processes import ROOT
+
+from latent_dmmd.training.config import Config, key_names, parse_config
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TESTS = {
+    name
+    for path in (ROOT / "tests").rglob("test_*.py")
+    for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+}
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.S)
+
+
+def commands():
+    """Page and words of every command that runs one of our scripts."""
+    for page in PAGES:
+        for block in blocks(page, "sh"):
+            for line in block.replace("\\\n", " ").splitlines():
+                for command in re.split(r"&&|\|", line.split(" #")[0]):
+                    words = shlex.split(command, comments=True)
+                    script = next((i for i, word in enumerate(words) if word.startswith("scripts/")), None)
+                    if script is not None:
+                        yield page, words[script:]
+
+
+class Parsed(BaseException):
+    """Raised in place of a script's work."""
+
+
+@pytest.mark.parametrize(
+    "page, words", [pytest.param(*c, id=f"{c[0].name}: {' '.join(c[1])[:70]}") for c in commands()]
+)
+def test_commands_parse(page, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    script, arguments = ROOT / words[0], words[1:]
+    assert script.exists()
+    if script.name == "train_latent.py" and "--print_config" not in arguments:
+        parse_config(Config, arguments)
+        return
+    original = jsonargparse.ArgumentParser.parse_args
+
+    def parse_args(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        raise Parsed
+
+    monkeypatch.setattr(jsonargparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    with pytest.raises((Parsed, SystemExit)) as end:
+        runpy.run_path(str(script), run_name="__main__")
+    assert end.type is Parsed or end.value.code == 0
+
+
+def resolves(name):
+    """Whether a dotted name is a module of the package or something in it."""
+    parts = name.removeprefix("latent_dmmd.").split(".")
+    for n in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(["latent_dmmd", *parts[:n]]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[n:]:
+            annotations = getattr(found, "__annotations__", {})
+            if not hasattr(found, part) and part not in annotations:
+                return False
+            found = getattr(found, part, None)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_names_exist(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    rooms = {p.stem for p in (ROOT / "latent_dmmd").iterdir()} | {"latent_dmmd"}
+    keys = {key.removeprefix("--") for key in key_names(Config)}
+    unknown = []
+    for name in re.findall(r"`((?:\w+\.)+\w+)(?:\(.*?\))?`", text):
+        first, *_, last = name.split(".")
+        if name in keys or first not in rooms or last in ("py", "md", "yaml", "json", "jsonl", "png"):
+            continue
+        if not resolves(name):
+            unknown.append(name)
+    unknown += [name for name in re.findall(r"\btest_\w+", text) if name not in TESTS and not named_file(name)]
+    assert not unknown
+
+
+def named_file(name):
+    return any((ROOT / "tests").rglob(f"{name}.py"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_relative_links_resolve(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        if re.match(r"[a-z]+:", link):
+            continue
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        if anchor and target.suffix == ".md":
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+            slugs = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert anchor in slugs, link
+
+
+def test_snippets_run_anywhere(tmp_path, monkeypatch):
+    """The README's Python from an empty directory."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    snippets = blocks(ROOT / "README.md", "python")
+    assert snippets
+    for snippet in snippets:
+        exec(compile(snippet.replace("OUTPUT", str(tmp_path)), "README.md", "exec"), {})
+
+
+def test_the_readme_invites():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    for command in (
+        'pip install -e ".[demo]" && accelerate launch scripts/train_latent.py',
+        'pip install -e ".[demo,test]" && pytest',
+    ):
+        assert f"```sh\n{command}\n```" in text
