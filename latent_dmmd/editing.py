@@ -14,6 +14,7 @@ A step of any flow of the linear forward process will do, whether of DMMD or of 
 one: an exact witness would pull the mean embedding of the edited particles towards the mean embedding of all data.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -268,7 +269,9 @@ EDITORS = {
 
 
 def editor_of(pipe: LatentPipeline, task: str) -> Editing:
-    """A pipeline for "inpaint" or "upscale" that has a loaded one's parts."""
-    names = ("latents_mean", "latents_std", "class_names")
-    options = {name: pipe.config[name] for name in names if name in pipe.config}
-    return EDITORS[type(pipe), task](**pipe.components, **options)
+    """A pipeline for "inpaint" or "upscale" that has a loaded one's parts, configuration and `flow_options`."""
+    cls = EDITORS[type(pipe), task]
+    options = {name: pipe.config[name] for name in inspect.signature(cls.__init__).parameters if name in pipe.config}
+    editor = cls(**{**options, **pipe.components})
+    editor.flow_options = pipe.flow_options
+    return editor

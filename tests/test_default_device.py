@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY_NET, random_embeddings, tiny_features, tiny_pipeline, tiny_velocity
+from conftest import TINY_NET, NoDistance, random_embeddings, tiny_features, tiny_pipeline, tiny_velocity
 from PIL import Image
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -308,13 +308,6 @@ def test_training_of_classes_and_one_step(trap, arguments, plain_arguments, few_
     teacher = train(parse_config(Config, [*arguments, *TWO_STEPS, *FEW_POINTS])) / "pipeline"
     extra = ["--objective.name", "one-step", "--objective.teacher", str(teacher), "--objective.num_pairs", "8"]
     train(parse_config(Config, [*plain_arguments, *TWO_STEPS, *extra, "--output_dir", str(tmp_path / "one step")]))
-
-
-class NoDistance(nn.Module):
-    """Stands in for the perceptual distance, whose network is an extra of its own."""
-
-    def forward(self, x, y):
-        return (x - y).square().mean(), (x - y).abs().mean()
 
 
 def test_training_of_an_autoencoder(trap, monkeypatch, tmp_path):

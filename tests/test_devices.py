@@ -387,8 +387,7 @@ def test_scores_are_those_of_the_cpu(device, monkeypatch):
         assert there[score] == pytest.approx(here[score], rel=0.01) and here[score] > 0
 
 
-def test_a_comparison_end_to_end(device, workshop, tmp_path, monkeypatch):
-    pytest.importorskip("efficientnet_lite_pytorch")
+def test_a_comparison_end_to_end(device, workshop, tmp_path, monkeypatch, toy):
     from latent_dmmd.experiments import stages
     from latent_dmmd.experiments.compare import CompareConfig, Comparison
 
@@ -402,6 +401,7 @@ def test_a_comparison_end_to_end(device, workshop, tmp_path, monkeypatch):
     common["feature_net"]["patch_size"] = 2
     settings = CompareConfig(
         output_dir=str(tmp_path / "comparison"),
+        extractor=toy,
         common=common,
         entries={
             "latent-dmmd": {"objective": {"num_noise_levels": 4}},

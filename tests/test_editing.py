@@ -12,6 +12,7 @@ from latent_dmmd.editing import (
     editor_of,
     resized,
 )
+from latent_dmmd.latent_pipeline import FlowOptions
 from latent_dmmd.pipeline import LatentSchedulerPipeline
 
 
@@ -177,3 +178,13 @@ def test_refuses_other_scales_and_other_processes(dmmd, tiny_vae, image):
     dmmd.mean_embeddings.process = object()
     with pytest.raises(ValueError, match="linear forward process"):
         quiet(editor_of(dmmd, "upscale"))(image[..., :8, :8])
+
+
+@pytest.mark.parametrize("task", ["inpaint", "upscale"])
+def test_an_editor_has_all_of_a_pipeline(tiny_vae, task):
+    pipe = tiny_pipeline(tiny_vae)
+    pipe.flow_options = FlowOptions(chunk_size=3)
+    editor = editor_of(pipe, task)
+    assert editor.flow_options == pipe.flow_options
+    for name in ("sampling", "class_names", "latents_mean", "latents_std"):
+        assert editor.config[name] == pipe.config[name]

@@ -26,8 +26,10 @@ def film(
         Images as uint8, with shape (num_inference_steps + 1, num_images, 3, H, W).
 
     Raises:
-        ValueError: If an option is out of range.
+        ValueError: If an option is out of range, or processes share the particles.
     """
+    if pipe.flow_options.across_ranks:
+        raise ValueError("a film is of the particles of one process; leave across_ranks out of flow_options")
     z = pipe.initial_particles(num_images, generator)
     frames = [z]
     pipe(

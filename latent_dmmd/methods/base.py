@@ -166,7 +166,8 @@ METHODS: dict[str, type[Method]] = {}
 
 def register(method: type[Method]) -> type[Method]:
     """Class decorator: make a method known by its name. Raises ValueError if the name is taken."""
-    if METHODS.get(method.name, method).__qualname__ != method.__qualname__:
+    known = METHODS.get(method.name, method)
+    if (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):  # a module may be reloaded
         raise ValueError(f"a method {method.name!r} is registered already")
     METHODS[method.name] = method
     return method

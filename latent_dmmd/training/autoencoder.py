@@ -7,7 +7,7 @@ A deep-compression autoencoder (Chen et al., 2025) without any layer at full res
 
 where d_l is the squared distance of EfficientNet-Lite2 feature maps, normalised over channels (as LPIPS, Zhang et al.,
 2018), and of its pooled features. EfficientNet-Lite2 and not Lite0, because Lite0 is the network that scores images
-in `latent_dmmd.evaluation`.
+in `latent_dmmd.metrics`.
 """
 
 from dataclasses import dataclass

@@ -2,17 +2,17 @@ import json
 import math
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY_NET, random_embeddings, tiny_features
+from processes import ROOT
 
 from latent_dmmd import FeatureNet, LatentDMMDPipeline, MeanEmbeddings
 from latent_dmmd.experiments.diagnosis import Diagnosis, crossing, save_diagnosis
 from latent_dmmd.latent_pipeline import FlowOptions
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "diagnose.py"
+SCRIPT = ROOT / "scripts" / "diagnose.py"
 
 
 class HalfSquare(FeatureNet):

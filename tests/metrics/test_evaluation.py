@@ -217,9 +217,9 @@ def lite0():
 
 @pytest.fixture(scope="module")
 def photographs():
-    """24 photographs of solar cells, uint8 with shape (24, 3, 256, 256)."""
+    """12 photographs of solar cells, uint8 with shape (12, 3, 256, 256)."""
     folder = Path(pytest.importorskip("elpv_dataset").__file__).parent / "data" / "images"
-    paths = sorted(folder.glob("*.png"))[::108][:24]
+    paths = sorted(folder.glob("*.png"))[::216][:12]
     image_set = [
         np.array(Image.open(path).convert("RGB").resize((256, 256), Image.Resampling.LANCZOS)) for path in paths
     ]

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import ROOT
 
 from latent_dmmd.experiments import complexity
 from latent_dmmd.experiments.complexity import REPRESENTATIONS, objective_costs, representation_costs
 from latent_dmmd.features import FeatureNet
 from latent_dmmd.utils.benchmark import Cost, PeakMemory, fitted_exponent, measure
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "complexity.py"
+SCRIPT = ROOT / "scripts" / "complexity.py"
 TINY = dict(
     in_channels=2, sample_size=4, patch_size=2, block_out_channels=(4,), layers_per_block=1, attention_levels=(False,)
 )

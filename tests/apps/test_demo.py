@@ -7,18 +7,16 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
 from conftest import frozen, tiny_pipeline
+from processes import ROOT
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 if BROWSER is None:
     pytest.skip("no Chromium on this machine", allow_module_level=True)
 pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")

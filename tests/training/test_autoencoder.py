@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 import torch
-from torch import nn
+from conftest import NoDistance
 
 from latent_dmmd.data.autoencoder import BUNDLED_AUTOENCODER, encode_moments, load_autoencoder
 from latent_dmmd.training import autoencoder
@@ -14,13 +14,6 @@ from latent_dmmd.training.autoencoder import (
     train_autoencoder,
 )
 from latent_dmmd.utils.errors import ConfigError
-
-
-class NoDistance(nn.Module):
-    """Stands in for the perceptual distance, whose network is an extra of its own."""
-
-    def forward(self, x, y):
-        return (x - y).square().mean(), (x - y).abs().mean()
 
 
 @pytest.fixture

@@ -2,10 +2,10 @@ import json
 import math
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from processes import ROOT
 
 from latent_dmmd.discrepancy import mmd2
 from latent_dmmd.experiments.toy2d import (
@@ -24,7 +24,7 @@ from latent_dmmd.experiments.toy2d import (
 )
 from latent_dmmd.kernels import GaussianKernel
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "toy2d.py"
+SCRIPT = ROOT / "scripts" / "toy2d.py"
 
 
 @pytest.mark.parametrize("gap, sigma, dim", [(5.0, 0.5, 2), (3.0, 0.2, 1), (6.0, 1.0, 4)])
