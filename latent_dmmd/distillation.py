@@ -56,7 +56,7 @@ class PairCache:
         return self.moved[index], self.noise[index]
 
 
-def make_pairs(teacher: LatentDMMDPipeline, folder: Path, num_pairs: int, seed: int, **how) -> PairCache:
+def make_pairs(teacher: LatentDMMDPipeline, folder: Path, num_pairs: int, seed: int, **sampling) -> PairCache:
     """Pairs of a flow, in shards on the disk: an interrupted run goes on where it was.
 
     Args:
@@ -64,7 +64,7 @@ def make_pairs(teacher: LatentDMMDPipeline, folder: Path, num_pairs: int, seed: 
         folder: Where the shards are kept; of this flow and this seed alone.
         num_pairs: N, rounded up to whole shards.
         seed: Seed of the noise.
-        how: Arguments of the pipeline's call: the sampler and the steps.
+        sampling: Arguments of the pipeline's call: the sampler and the steps.
 
     Raises:
         OSError: If a shard cannot be written.
@@ -77,7 +77,7 @@ def make_pairs(teacher: LatentDMMDPipeline, folder: Path, num_pairs: int, seed: 
         path = folder / f"{i:05d}.safetensors"
         if not path.exists():
             noise = teacher.initial_particles(SHARD_SIZE, keyed_generator(seed, 0, 0, i), None)
-            moved = teacher(SHARD_SIZE, latents=noise, output_type="latent", **how).images
+            moved = teacher(SHARD_SIZE, latents=noise, output_type="latent", **sampling).images
             tensors = {"noise": noise.cpu().contiguous(), "moved": moved.cpu().contiguous()}
             write_aside(path, partial(save_file, tensors))
         shards.append(load_file(path))

@@ -197,8 +197,8 @@ class Inpainting(Editing):
             raise ValueError(f"{len(pixels)} images need as many masks, or one; got {len(mask)}")
         known = KnownPixels(pixels, mask.repeat(len(pixels) // len(mask), 1, 1, 1))
         begin = pixels if strength < 1 else known(torch.zeros_like(pixels))
-        how = (strength, num_inference_steps, eta, generator, callback_on_step_end)
-        return self.edited(self.edit(begin, known, *how), output_type, return_dict)
+        settings = (strength, num_inference_steps, eta, generator, callback_on_step_end)
+        return self.edited(self.edit(begin, known, *settings), output_type, return_dict)
 
 
 class Upscaling(Editing):
@@ -239,8 +239,8 @@ class Upscaling(Editing):
         if scale < 2 or side % scale:
             raise ValueError(f"scale must be at least 2 and divide {side}; got {scale}")
         small = self.given_pixels(image, side // scale, num_variations)
-        how = (strength, num_inference_steps, eta, generator, callback_on_step_end)
-        pixels = self.edit(resized(small, side), SmallerImage(small), *how)
+        settings = (strength, num_inference_steps, eta, generator, callback_on_step_end)
+        pixels = self.edit(resized(small, side), SmallerImage(small), *settings)
         return self.edited(pixels, output_type, return_dict)
 
 

@@ -38,9 +38,9 @@ def main() -> None:
     classify = LinearClassifier(extract_features(training, net)[0], labels)
     results = {"real": class_agreement(names, heldout.labels()[1], classify(extract_features(heldout, net)[0]))}
     asked, rows = torch.arange(len(names)).repeat_interleave(args.num_images), {}
-    how = dict(class_labels=asked.tolist(), num_inference_steps=args.num_inference_steps, output_type="latent")
+    sampling = dict(class_labels=asked.tolist(), num_inference_steps=args.num_inference_steps, output_type="latent")
     for scale in args.guidance_scales:
-        z = pipe(len(asked), guidance_scale=scale, generator=torch.Generator().manual_seed(0), **how).images
+        z = pipe(len(asked), guidance_scale=scale, generator=torch.Generator().manual_seed(0), **sampling).images
         images_uint8 = decoded(pipe, z)
         found = classify(extract_features(CheckedImages(images_uint8, "generated"), net)[0])
         results[f"guidance {scale:g}"] = class_agreement(names, asked, found)

@@ -32,14 +32,14 @@ def main() -> None:
     pipes = {name: load_pipeline(folder) for name, folder in args.pipelines.items()}
     first, output_dir = next(iter(pipes.values())), Path(args.output_dir)
     originals = load_images(args.data, first.resolution).examples(args.num_images, args.seed)
-    how = {key: args[key] for key in ("num_inference_steps", "num_variations")}
-    results = {"settings": {key: args[key] for key in ("data", "num_images", "seed")} | how}
+    settings = {key: args[key] for key in ("num_inference_steps", "num_variations")}
+    results = {"settings": {key: args[key] for key in ("data", "num_images", "seed")} | settings}
     for task in ("inpaint", "upscale"):
         comparison = EditComparison(originals, task, seed=args.seed)
         sets = comparison.plain(first.vae)
         for name, pipe in pipes.items():
             generator = torch.Generator().manual_seed(args.seed)
-            sets[name] = comparison.edited(editor_of(pipe, task), generator=generator, **how)
+            sets[name] = comparison.edited(editor_of(pipe, task), generator=generator, **settings)
         results[task] = {name: vars(comparison.score(images)) for name, images in sets.items()}
         rows = {"original": originals, "given": comparison.given} | sets
         firsts = {name: images[:: len(images) // len(originals)][:8] for name, images in rows.items()}

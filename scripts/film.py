@@ -34,14 +34,14 @@ def main() -> None:
         raise ValueError("give both --from_image and --to_image, or neither")
 
     pipe, generator = load_pipeline(args.pipeline), torch.Generator().manual_seed(args.seed)
-    how = {"num_inference_steps": args.num_inference_steps, "generator": generator}
+    sampling = {"num_inference_steps": args.num_inference_steps, "generator": generator}
     if args.sampler is not None and "sampler" in inspect.signature(pipe.__call__).parameters:
-        how["sampler"] = args.sampler
+        sampling["sampler"] = args.sampler
     if args.from_image is not None:
         ends = torch.stack([read_image(path, pipe.resolution) for path in (args.from_image, args.to_image)])
-        frames = interpolation(pipe, ends, args.num_frames, args.strength, **how)[:, None]
+        frames = interpolation(pipe, ends, args.num_frames, args.strength, **sampling)[:, None]
     else:
-        frames = film(pipe, args.num_images, **how)
+        frames = film(pipe, args.num_images, **sampling)
     save_film(frames, args.output_dir, args.num_frames)
     print(f"strip: {args.output_dir}/strip.png   film: {args.output_dir}/film.webp")
 

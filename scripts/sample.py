@@ -37,14 +37,14 @@ def main() -> None:
     if args.class_labels is not None and "class_labels" not in names:
         raise ValueError(f"{args.pipeline} has no classes; leave out --class_labels")
     # what is not given comes from the pipeline
-    how = {name: args[name] for name in names if args[name] is not None}
+    sampling = {name: args[name] for name in names if args[name] is not None}
     generator = torch.Generator().manual_seed(args.seed)
     pipe.flow_options = FlowOptions(across_ranks=True)
     pipe.set_progress_bar_config(disable=not accelerator.is_main_process)
-    images = pipe(args.num_images, generator=generator, output_type="pt", **how).images
+    images = pipe(args.num_images, generator=generator, output_type="pt", **sampling).images
     images_uint8 = accelerator.gather(to_uint8(images * 2 - 1)).cpu()
     if accelerator.is_main_process:
-        output_dir, settings = Path(args.output_dir), {**how, "seed": args.seed}
+        output_dir, settings = Path(args.output_dir), {**sampling, "seed": args.seed}
         save_pngs(images_uint8, output_dir / "images")
         caption = ", ".join(f"{name} {value}" for name, value in settings.items())
         labelled_grid({caption: images_uint8[:64]}).save(output_dir / "grid.png")

@@ -59,6 +59,27 @@ def test_a_column_holds_classes(tmp_path):
     assert names == ["2", "7"] and labels.tolist() == [1, 0, 1]
 
 
+def labelled_table(folder, labels, feature=None):
+    cells = [{"path": str(p)} for p in sorted(sorted_images(folder / "p", {"x": len(labels)}).rglob("*.png"))]
+    table = datasets.Dataset.from_dict({"image": cells, "label": labels}).cast_column("image", datasets.Image())
+    if feature is not None:
+        table = table.cast_column("label", feature)
+    table.to_parquet(folder / "t.parquet")
+    return load_images(str(folder / "t.parquet"), 32)
+
+
+def test_class_numbers_are_those_of_the_column(tmp_path):
+    """With twelve classes, class 2 is "2" and not "10"."""
+    names, labels = labelled_table(tmp_path, list(range(11, -1, -1))).labels()
+    assert names == [str(c) for c in range(12)] and labels.tolist() == list(range(11, -1, -1))
+
+
+def test_names_that_a_column_declares_are_kept_in_their_order(tmp_path):
+    feature = datasets.ClassLabel(names=["zebra", "ant", "mole"])
+    names, labels = labelled_table(tmp_path, [2, 0, 1, 0], feature).labels()
+    assert names == ["zebra", "ant", "mole"] and labels.tolist() == [2, 0, 1, 0]
+
+
 def test_elpv_has_four_classes():
     pytest.importorskip("elpv_dataset")
     names, labels = load_images("elpv").labels()

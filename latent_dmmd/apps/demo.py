@@ -101,18 +101,18 @@ def build_demo(folders: dict[str, str]) -> gr.Blocks:
         with shown_errors():
             pipe, generator, nfe = pipeline(name), seed_of(seed), int(num_levels * steps_per_level)
             every, count = max(1, nfe // NUM_FRAMES), int(count)
-            how = {"num_inference_steps": nfe}
+            sampling = {"num_inference_steps": nfe}
             if isinstance(pipe, LatentDMMDPipeline):
-                how = dict(sampler=sampler, num_noise_levels=int(num_levels), steps_per_level=int(steps_per_level))
+                sampling = dict(sampler=sampler, num_noise_levels=int(num_levels), steps_per_level=int(steps_per_level))
             if label != ANY:
-                how |= dict(class_labels=label, guidance_scale=guidance)
+                sampling |= dict(class_labels=label, guidance_scale=guidance)
 
             def run(report: Callable) -> torch.Tensor:
                 def after_step(pipe: LatentPipeline, i: int, t: float, tensors: dict) -> None:
                     shown = (i + 1) % every == 0 and i + 1 < nfe  # the end is decoded below
                     report((i + 1, t, decoded(pipe, tensors["latents"]) if shown else None))
 
-                z = pipe(count, generator=generator, output_type="latent", callback_on_step_end=after_step, **how)
+                z = pipe(count, generator=generator, output_type="latent", callback_on_step_end=after_step, **sampling)
                 return decoded(pipe, z.images)
 
             for value in steps_of(run):

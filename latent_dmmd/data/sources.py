@@ -57,6 +57,36 @@ def read_image(source: str | Path | bytes, resolution: int, name: str | None = N
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
+def open_rgb(path: str | Path) -> Image.Image:
+    """An image file of any mode as 8-bit RGB, turned as its EXIF says. Raises OSError if it is no image."""
+    with Image.open(path) as file:
+        return to_rgb(ImageOps.exif_transpose(file))
+
+
+def open_mask(path: str | Path) -> Image.Image:
+    """A mask file as 8-bit grey, 255 where it selects, turned as its EXIF says.
+
+    A mask selects by its alpha channel if that varies, otherwise by its brightness, above one half. Masks without
+    bright pixels, such as those of 0 and 1 or with a dark palette, select where they are not 0.
+
+    Raises:
+        OSError: If it is no image.
+        ValueError: If it selects nothing.
+    """
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
+    alpha = np.asarray(image.getchannel("A")) if "A" in image.getbands() else np.zeros(1)
+    if alpha.min() != alpha.max():
+        selected = alpha > 127
+    else:
+        brightness = np.asarray(to_rgb(image).convert("L"))
+        values = np.asarray(image) if image.mode == "P" else brightness
+        selected = brightness > 127 if brightness.max() > 127 else values > 0
+    if not selected.any():
+        raise ValueError(f"the mask {path} selects nothing: paint white, or opaque, what is to be replaced")
+    return Image.fromarray(selected.astype(np.uint8) * 255)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB of an image in any mode: the first frame, 16-bit grey scaled, transparency composited on white.
 
@@ -81,6 +111,7 @@ class ImageDataset(Dataset):
         resolution: R.
         fingerprint: Changes whenever the data do.
         classes: Gives the name of each image's class when they are asked for; None if they have none.
+        class_order: All names in their order; numbers ascending, then names by the alphabet, if None.
     """
 
     def __init__(
@@ -90,9 +121,10 @@ class ImageDataset(Dataset):
         resolution: int,
         fingerprint: str,
         classes: Callable[[], list[str]] | None = None,
+        class_order: list[str] | None = None,
     ) -> None:
         self.names, self.read, self.resolution, self.fingerprint = names, read, resolution, fingerprint
-        self.classes = classes
+        self.classes, self.class_order = classes, class_order
 
     def __len__(self) -> int:
         return len(self.names)
@@ -110,7 +142,7 @@ class ImageDataset(Dataset):
         return iter(DataLoader(ImagesOrErrors(self, indices), batch_size, num_workers=num_workers, collate_fn=list))
 
     def labels(self, skipped: tuple[str, ...] = ()) -> tuple[list[str], Tensor]:
-        """Names of the classes, sorted, and the class of every image but the skipped, with shape (N).
+        """Names of the classes in their order, and the class of every image but the skipped, with shape (N).
 
         Raises DataError if images have no classes, or only one.
         """
@@ -118,7 +150,11 @@ class ImageDataset(Dataset):
             raise DataError("these images have no classes: use a folder for each class, a column 'label', or elpv")
         left_out = set(skipped)
         kept = [c for name, c in zip(self.names, self.classes()) if name not in left_out]
-        names = sorted(set(kept))
+        found = set(kept)
+        if self.class_order is not None:
+            names = [name for name in self.class_order if name in found]
+        else:
+            names = sorted(found, key=lambda name: (0, int(name), "") if name.isdecimal() else (1, 0, name))
         if len(names) < 2:
             raise DataError(f"all images are of one class, {names[0]}")
         return names, torch.tensor([names.index(c) for c in kept], device="cpu")
@@ -253,10 +289,15 @@ def load_images(
     if not len(table):
         raise DataError(f"no images in {name_or_path}")
     labelled = table
-    classes = (lambda: [str(c) for c in labelled["label"]]) if "label" in table.column_names else None
+    classes, order = None, None
+    if "label" in table.column_names:
+        feature = table.features["label"]
+        order = feature.names if isinstance(feature, datasets.ClassLabel) else None
+        classes = lambda: [order[c] if order else str(c) for c in labelled["label"]]  # noqa: E731
     table = undecoded(table, name_or_path, image_column)
     names = [f"{name_or_path}[{i}]" for i in range(len(table))]
-    return ImageDataset(names, lambda i: cell_source(table[i][image_column]), resolution, table._fingerprint, classes)
+    read = lambda i: cell_source(table[i][image_column])  # noqa: E731
+    return ImageDataset(names, read, resolution, table._fingerprint, classes, order)
 
 
 def streamed_images(name_or_path: str, source: dict, split: str, resolution: int, image_column: str) -> ImageStream:

@@ -23,10 +23,10 @@ from latent_dmmd.utils.benchmark import Cost, fitted_exponent, measure
 def random_batch(levels: int, pairs: int, shape: tuple[int, int, int], grid: int, device: torch.device) -> Batch:
     """Standard normal particles in place of latents; costs do not depend on values."""
     generator = torch.Generator().manual_seed(0)
-    how = dict(generator=generator, device="cpu")
-    x_0, eps = (torch.randn(levels, pairs, *shape, **how).to(device) for _ in range(2))
+    on_cpu = dict(generator=generator, device="cpu")
+    x_0, eps = (torch.randn(levels, pairs, *shape, **on_cpu).to(device) for _ in range(2))
     level = torch.arange(levels, device=device) * grid // levels
-    return Batch(x_0, level, eps, torch.rand(levels, pairs, **how).to(device))
+    return Batch(x_0, level, eps, torch.rand(levels, pairs, **on_cpu).to(device))
 
 
 def training_step(objective: Objective, batch: NamedTuple, mixed_precision: bool) -> Callable[[], None]:

@@ -137,8 +137,8 @@ class Diagnosis:
         )
 
     def measure_reference(self, k: int, t: float) -> Reference:
-        at, x_t, few = self.embeddings.at_level(k), self.forward(t), slice(NUM_GAUGE_PARTICLES)
-        gauged = (self.features(self.forward(s)[few], k) for s in self.gauge_levels.tolist())
+        at, x_t, gauge = self.embeddings.at_level(k), self.forward(t), slice(NUM_GAUGE_PARTICLES)
+        gauged = (self.features(self.forward(s)[gauge], k) for s in self.gauge_levels.tolist())
         return Reference(
             phi_t=self.features(x_t, k),
             phi_0=self.features(self.data, k),

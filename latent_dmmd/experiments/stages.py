@@ -98,9 +98,9 @@ def load_for_sets(folder: Path | str) -> LatentPipeline:
     return pipe
 
 
-def generate(pipe: Callable[[], LatentPipeline], how: dict, n: int, generator: torch.Generator) -> Tensor:
+def generate(pipe: Callable[[], LatentPipeline], sampling: dict, n: int, generator: torch.Generator) -> Tensor:
     """Images in [0, 1], with shape (n, 3, R, R)."""
-    return pipe()(n, generator=generator, output_type="pt", **how).images
+    return pipe()(n, generator=generator, output_type="pt", **sampling).images
 
 
 def fit_gaussian(comparison: Comparison) -> Callable[[int, torch.Generator], Tensor]:

@@ -36,9 +36,9 @@ def sampling_costs(
     for pipe in pipes.values():
         pipe.set_progress_bar_config(disable=True)
         pipe.flow_options = FlowOptions(chunk_size=None)
-    how = {"num_inference_steps": nfe, "output_type": "latent"}
+    sampling = {"num_inference_steps": nfe, "output_type": "latent"}
     z = pipes[dmmd].initial_particles(num_images, torch.Generator().manual_seed(0))
-    tasks = {label: partial(pipes[name], num_images, **how, **options) for label, (name, options) in ways.items()}
+    tasks = {label: partial(pipes[name], num_images, **sampling, **options) for label, (name, options) in ways.items()}
     tasks["decode"] = partial(pipes[dmmd].decode, z, "pt")
     costs = measure(tasks, pipes[dmmd].device, repeats=7)
     each = {label: num_images * (1 if label == "decode" else nfe) for label in tasks}

@@ -31,7 +31,7 @@ class DDPMMethod(FlowMatchingMethod):
         self, objective, averaged_net, particles, vae, sampling, seed, class_names=()
     ) -> LatentSchedulerPipeline:
         # particles leave [-1, 1]; "trailing" spacing starts at the last time, where particles are noise
-        how = dict(clip_sample=False, timestep_spacing="trailing")
-        scheduler = DDIMScheduler.from_config(DDPMScheduler().config, **how)
+        changes = dict(clip_sample=False, timestep_spacing="trailing")
+        scheduler = DDIMScheduler.from_config(DDPMScheduler().config, **changes)
         options = latent_options(particles, vae) | self.sampling_options(sampling)
         return LatentSchedulerPipeline(averaged_net, scheduler, **options)

@@ -67,5 +67,5 @@ class OneStepMethod(FlowMatchingMethod):
 
     def own_particles(self, folder: Path, seed: int) -> PairCache:
         options = self.options
-        how = dict(num_inference_steps=options.teacher_steps, sampler=options.teacher_sampler)
-        return make_pairs(self.teacher, folder / "pairs", options.num_pairs, seed, **how)
+        sampling = dict(num_inference_steps=options.teacher_steps, sampler=options.teacher_sampler)
+        return make_pairs(self.teacher, folder / "pairs", options.num_pairs, seed, **sampling)

@@ -135,8 +135,8 @@ class WitnessMethod(Method):
         class_names: tuple[str, ...] = (),
     ) -> LatentDMMDPipeline:
         embeddings = self.embeddings(objective, averaged_net, particles, seed)
-        how = self.sampling_options(sampling)
-        options = latent_options(particles, vae) | dict(class_names=list(class_names) or None, sampling=how)
+        own = dict(class_names=list(class_names) or None, sampling=self.sampling_options(sampling))
+        options = latent_options(particles, vae) | own
         return LatentDMMDPipeline(averaged_net, embeddings, **options)
 
     @torch.no_grad()

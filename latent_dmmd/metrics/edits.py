@@ -79,10 +79,10 @@ def perceptual_distance(net: nn.Module, x: Tensor, y: Tensor, mask: Tensor) -> T
 def random_boxes(count: int, side: int, generator: torch.Generator) -> Tensor:
     """Masks with shape (count, 1, side, side): 1 in a box of a quarter to a half of the side, anywhere."""
     masks = torch.zeros(count, 1, side, side, device="cpu")
-    how = dict(generator=generator, device="cpu")
+    uniform = dict(generator=generator, device="cpu")
     for mask in masks:
-        height, width = torch.randint(side // 4, side // 2 + 1, (2,), **how).tolist()
-        top, left = (int(torch.randint(side - length + 1, (), **how)) for length in (height, width))
+        height, width = torch.randint(side // 4, side // 2 + 1, (2,), **uniform).tolist()
+        top, left = (int(torch.randint(side - length + 1, (), **uniform)) for length in (height, width))
         mask[:, top : top + height, left : left + width] = 1
     return masks
 

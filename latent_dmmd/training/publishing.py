@@ -81,13 +81,13 @@ def log_samples(trainer: Trainer, particles: Particles, vae: Autoencoder | None,
 
 def sample_grid(pipeline: LatentPipeline, source: ImageSource, skipped: tuple[str, ...], config: Config) -> Image.Image:
     """Generated images above real ones, none of the skipped, and their reconstructions."""
-    options, how = config.sampling, config.method.sampling_options(config.sampling)
+    options, sampling = config.sampling, config.method.sampling_options(config.sampling)
     pipeline.set_progress_bar_config(desc="sampling")
     generator = torch.Generator().manual_seed(options.seed)
-    generated = pipeline(batch_size=options.num_images, generator=generator, output_type="pt", **how).images
+    generated = pipeline(batch_size=options.num_images, generator=generator, output_type="pt", **sampling).images
     real = source.examples(8, options.seed, skipped)
-    nfe = how.get("num_inference_steps") or options.num_noise_levels * options.steps_per_level
-    label = f"generated ({how.get('sampler', config.objective.name)}, {nfe} NFE)"
+    nfe = sampling.get("num_inference_steps") or options.num_noise_levels * options.steps_per_level
+    label = f"generated ({sampling.get('sampler', config.objective.name)}, {nfe} NFE)"
     rows = {label: to_uint8(generated.cpu() * 2 - 1), "real": real}
     if pipeline.vae is not None:
         rows["real, through the autoencoder"] = reconstruct(pipeline.vae, real)

@@ -357,3 +357,58 @@ def test_elpv_splits():
 def test_elpv_not_installed(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "elpv_dataset", None)
     assert "latent-dmmd[demo]" in refusal(load_images, "elpv:train")
+
+
+# masks and images to edit
+
+
+def saved(image, path, **options):
+    image.save(path, **options)
+    return path
+
+
+def half_mask(mode, on, off=0):
+    """8 × 8 pixels whose left half is selected."""
+    mask = Image.new(mode, (8, 8), off)
+    mask.paste(on, (0, 0, 4, 8))
+    return mask
+
+
+def palette_mask():
+    mask = half_mask("P", 1)
+    mask.putpalette([0, 0, 0, 10, 20, 30])  # the selected index is dark
+    return mask
+
+
+MASKS = {
+    "0 and 255": lambda: half_mask("L", 255),
+    "0 and 1": lambda: half_mask("L", 1),
+    "one bit": lambda: half_mask("1", 1),
+    "palette": palette_mask,
+    "colour": lambda: half_mask("RGB", (255, 255, 255), (0, 0, 0)),
+    "alpha": lambda: half_mask("RGBA", (0, 0, 0, 255), (0, 0, 0, 0)),
+    "opaque": lambda: half_mask("RGBA", (255, 255, 255, 255), (0, 0, 0, 255)),
+    "16 bits": lambda: half_mask("I;16", 65535),
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_masks_of_every_kind_select_the_same(kind, tmp_path):
+    mask = sources.open_mask(saved(MASKS[kind](), tmp_path / "mask.png"))
+    assert mask.mode == "L" and np.array_equal(np.asarray(mask), np.asarray(half_mask("L", 255)))
+
+
+def test_a_mask_that_selects_nothing_is_named(tmp_path):
+    with pytest.raises(ValueError, match="mask.png selects nothing"):
+        sources.open_mask(saved(Image.new("L", (8, 8)), tmp_path / "mask.png"))
+
+
+def test_a_phones_photograph_and_its_mask_are_turned(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by 90° clockwise
+    photo = Image.new("RGB", (16, 8), RED)
+    photo.paste(BLUE, (0, 0, 8, 8))
+    turned = sources.open_rgb(saved(photo, tmp_path / "photo.png", exif=exif))
+    assert turned.size == (8, 16) and turned.getpixel((4, 2)) == BLUE and turned.getpixel((4, 13)) == RED
+    mask = sources.open_mask(saved(half_mask("L", 255), tmp_path / "mask.png", exif=exif))
+    assert mask.getpixel((4, 1)) == 255 and mask.getpixel((4, 6)) == 0
