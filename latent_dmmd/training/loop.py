@@ -43,29 +43,42 @@ def check_tracker(name: str | None) -> None:
 
 
 class StopRequest:
-    """Context in which SIGTERM, a cluster's way to say that time is up, is noted instead of obeyed."""
+    """Context in which SIGTERM, a cluster's way to say that time is up, and Ctrl-C are noted instead of obeyed.
+
+    A second Ctrl-C is obeyed.
+    """
+
+    signals = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator, self.arrived = accelerator, False
+        self.accelerator, self.arrived = accelerator, 0
         self.in_main_thread = threading.current_thread() is threading.main_thread()  # Python lets no other set handlers
 
     def __enter__(self) -> "StopRequest":
         if self.in_main_thread:
-            self.before = signal.signal(signal.SIGTERM, self.arrive)
+            self.before = {number: signal.signal(number, self.arrive) for number in self.signals}
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.in_main_thread:
-            signal.signal(signal.SIGTERM, self.before)
+            for number, handler in self.before.items():
+                signal.signal(number, handler)
 
-    def arrive(self, *_: object) -> None:
-        self.arrived = True
+    def arrive(self, number: int, _: object) -> None:
+        if number == self.arrived == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.arrived = number
+
+    @property
+    def exit_code(self) -> int:
+        """0 after SIGTERM, which a cluster sends to end a job in order; 130 after Ctrl-C, as of any command."""
+        return 130 if self.arrived == signal.SIGINT else 0
 
     def requested(self) -> bool:
         """Whether it has arrived on any rank; the same on every rank."""
         if self.accelerator.num_processes == 1:
-            return self.arrived
-        flag = torch.tensor(float(self.arrived), device=self.accelerator.device)
+            return bool(self.arrived)
+        flag = torch.tensor(float(bool(self.arrived)), device=self.accelerator.device)
         return self.accelerator.reduce(flag, "sum").item() > 0
 
 
@@ -77,7 +90,7 @@ def run_steps(
     first_step: int,
     stop: StopRequest,
 ) -> None:
-    """All steps from the first on: metrics, checkpoints, a tracker's images, and the end that SIGTERM asks for."""
+    """All steps from the first on: metrics, checkpoints, a tracker's images, and the end that a signal asks for."""
     accelerator, options = trainer.accelerator, trainer.config.training
     metrics = MetricsFile(folder / "metrics.jsonl", first_step, accelerator.is_main_process)
     progress = tqdm(
@@ -105,7 +118,7 @@ def run_steps(
                 log_samples(trainer, particles, vae, done)
         if stopping and done < options.num_steps:
             accelerator.print(f"\nstopped at step {done}, saved; run the same command again to go on")
-            raise SystemExit(0)
+            raise SystemExit(stop.exit_code)
 
 
 def train(config: Config) -> Path:
@@ -121,7 +134,8 @@ def train(config: Config) -> Path:
         ConfigError: If the configuration cannot be followed; nothing is written then.
         DataError: If the data cannot be read.
         FloatingPointError: If a loss or gradient is not finite; the last checkpoint stays.
-        SystemExit: With code 0, after SIGTERM: the step is finished, a checkpoint saved, and a line says how to go on.
+        SystemExit: After SIGTERM, with code 0, or Ctrl-C, with code 130: the step is finished, a checkpoint saved, and a
+            line says how to go on.
     """
     check_tracker(config.training.log_with)
     options = dict(log_with=config.training.log_with, project_dir=config.output_dir)

@@ -7,9 +7,12 @@ from pathlib import Path
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`; an error that the user can mend becomes one line on stderr and exit code 2."""
+    """Run a script's `main`; an error that the user can mend, or Ctrl-C, is one line on stderr and exit code 2 or 130."""
     try:
         main()
     except (ArgumentError, ValueError, ImportError, OSError, FloatingPointError) as error:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)

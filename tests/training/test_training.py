@@ -19,8 +19,9 @@ from latent_dmmd.latent_pipeline import FlowOptions
 from latent_dmmd.objective import WitnessMatching
 from latent_dmmd.pipeline import load_pipeline
 from latent_dmmd.training.config import Config, parse_config
-from latent_dmmd.training.loop import train
+from latent_dmmd.training.loop import StopRequest, train
 from latent_dmmd.training.trainer import Trainer, learning_rate_at, step_generators
+from latent_dmmd.utils import cli
 from latent_dmmd.utils.errors import ConfigError
 from latent_dmmd.utils.process import own_accelerator
 
@@ -159,21 +160,39 @@ def test_a_metrics_line_that_was_cut_off_is_left_out(arguments, trained):
     ]
 
 
-def test_sigterm_finishes_the_step_and_saves(arguments, tmp_path):
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_and_saves(arguments, tmp_path, number, code):
     extra = ["--training.learning_rate_schedule", "constant", "--training.checkpointing_steps", "100000"]
     extra += ["--training.num_steps"]
     metrics = tmp_path / "run" / "metrics.jsonl"
     child = Child(ROOT / "scripts" / "train_latent.py", *arguments, *extra, "100000")
     wait_until(lambda: not child.running() or (metrics.exists() and metrics.stat().st_size))
-    child.send_signal(signal.SIGTERM)
+    child.send_signal(number)
     returncode, output, errors = child.wait()
-    assert returncode == 0 and "run the same command again" in output, errors
+    assert returncode == code and "run the same command again" in output, errors
+    assert "Traceback" not in errors
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     step = int(checkpoint.name.split("-")[1])
     assert f"stopped at step {step}, saved" in output
     assert json.loads(metrics.read_text().splitlines()[-1])["step"] == step
     resumed = train(parse_config(Config, [*arguments, *extra, str(step + 1)]))
     assert (resumed / "pipeline").exists()
+
+
+def test_a_second_interrupt_is_obeyed():
+    with StopRequest(None) as stop, pytest.raises(KeyboardInterrupt):
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+    assert stop.exit_code == 130
+
+
+def test_an_interrupt_elsewhere_is_one_line(capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main)
+    assert stop.value.code == 130 and capsys.readouterr().err.endswith(": interrupted\n")
 
 
 def test_refuses_another_configuration_in_the_same_folder(arguments, trained, tmp_path):
