@@ -134,8 +134,8 @@ def train(config: Config) -> Path:
         ConfigError: If the configuration cannot be followed; nothing is written then.
         DataError: If the data cannot be read.
         FloatingPointError: If a loss or gradient is not finite; the last checkpoint stays.
-        SystemExit: After SIGTERM, with code 0, or Ctrl-C, with code 130: the step is finished, a checkpoint saved, and a
-            line says how to go on.
+        SystemExit: After SIGTERM, with code 0, or Ctrl-C, with code 130: the step is finished, a checkpoint saved, and
+            a line says how to go on.
     """
     check_tracker(config.training.log_with)
     options = dict(log_with=config.training.log_with, project_dir=config.output_dir)

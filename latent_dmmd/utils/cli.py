@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`; an error that the user can mend, or Ctrl-C, is one line on stderr and exit code 2 or 130."""
+    """Run a script's `main`; an error that the user can mend, or Ctrl-C, is one line and exit code 2 or 130."""
     try:
         main()
     except (ArgumentError, ValueError, ImportError, OSError, FloatingPointError) as error:
