@@ -18,6 +18,7 @@ from latent_dmmd.metrics.extractors import (
 from latent_dmmd.pipeline import read_index
 from latent_dmmd.training.config import Config, parse_config
 from latent_dmmd.utils.errors import ConfigError, check
+from latent_dmmd.utils.files import expand_home
 
 GAUSSIAN = "gaussian"
 MATCHED_FACTOR = 3  # an NFE of DMMD takes a forward and a backward pass, three of the baseline's
@@ -69,6 +70,7 @@ class CompareConfig:
     extractor: Extractor = "efficientnet-lite0"
 
     def __post_init__(self) -> None:
+        expand_home(self, "output_dir")
         check(bool(self.entries), "entries must name at least one; see configs/compare_elpv256.yaml")
         check((self.minutes is None) != (self.num_steps is None), "give either minutes or num_steps")
         for name in ("minutes", "num_steps"):

@@ -12,6 +12,7 @@ from latent_dmmd.methods.base import MethodConfig, NetConfig, register
 from latent_dmmd.methods.flow_matching import FlowMatchingMethod, velocity_net
 from latent_dmmd.pipeline import LatentDMMDPipeline, load_pipeline
 from latent_dmmd.utils.errors import ConfigError, check
+from latent_dmmd.utils.files import expand_home
 
 
 @dataclass
@@ -32,6 +33,7 @@ class OneStepConfig(MethodConfig):
     num_pairs: int = 16384
 
     def __post_init__(self) -> None:
+        expand_home(self, "teacher")
         check(self.teacher is not None, "objective.name one-step needs objective.teacher")
         for name in ("teacher_steps", "num_pairs"):
             check(getattr(self, name) > 0, f"objective.{name} must be positive; got {getattr(self, name)}")

@@ -21,7 +21,7 @@ from latent_dmmd.methods.base import METHODS, Method, MethodConfig, NetConfig, b
 from latent_dmmd.methods.witness_matching import WitnessMatchingConfig
 from latent_dmmd.pipeline import SamplingDefaults
 from latent_dmmd.utils.errors import ConfigError, check
-from latent_dmmd.utils.files import write_aside
+from latent_dmmd.utils.files import expand_home, write_aside
 
 
 @dataclass
@@ -51,6 +51,7 @@ class DataConfig:
     class_conditional: bool = False
 
     def __post_init__(self) -> None:
+        expand_home(self, "name_or_path", "cache_dir")
         check(not (self.streaming and self.class_conditional), "data.class_conditional needs data.streaming=false")
         if self.name_or_path == "elpv":
             self.name_or_path = "elpv:train"
@@ -72,6 +73,7 @@ class AutoencoderConfig:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
+        expand_home(self, "name_or_path")
         check(self.batch_size > 0, f"autoencoder.batch_size must be positive; got {self.batch_size}")
 
 
@@ -116,6 +118,7 @@ class TrainingConfig:
     init_from: str | None = None
 
     def __post_init__(self) -> None:
+        expand_home(self, "init_from")
         positive = ("num_steps", "levels_per_step", "learning_rate", "max_grad_norm", "checkpointing_steps")
         for name in (*positive, "checkpoints_total_limit", "log_every"):
             check(getattr(self, name) > 0, f"training.{name} must be positive; got {getattr(self, name)}")
@@ -174,6 +177,7 @@ class Config:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
+        expand_home(self, "output_dir", "resume_from_checkpoint")
         method = build_method(self.objective)
         with_classes = [name for name, other in METHODS.items() if other.has_classes]
         check(

@@ -11,6 +11,14 @@ from safetensors import SafetensorError
 from latent_dmmd.utils.errors import one_line
 
 
+def expand_home(config: object, *names: str) -> None:
+    """Replace a leading `~` in the given fields, which a shell leaves alone behind "=" and in YAML."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None:
+            setattr(config, name, os.path.expanduser(value))
+
+
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file or a folder under another name, then rename it: a reader sees all of it or nothing.
 

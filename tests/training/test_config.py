@@ -224,6 +224,19 @@ def test_the_last_name_chooses_the_method(write):
     assert parse_config(Config, ["--objective", "{name: dmmd, feature_weight: 0.5}"]).objective.feature_weight == 0.5
 
 
+def test_the_home_folder_is_expanded(write, tmp_path, monkeypatch):
+    """A shell leaves it alone behind "=" and in YAML."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = [
+        "--output_dir=~/runs",
+        "--training.init_from=~/pipeline",
+        *write("data: {cache_dir: ~/cache, resolution: 8}"),
+    ]
+    config = parse_config(Config, args)
+    assert config.output_dir == f"{tmp_path}/runs" and config.data.cache_dir == f"{tmp_path}/cache"
+    assert config.training.init_from == f"{tmp_path}/pipeline" and config.data.name_or_path == "elpv:train"
+
+
 def test_unknown_methods_are_named():
     text = message(["--objective.name", "flow-machting"])
     assert "did you mean flow-matching?" in text and all(name in text for name in METHODS)
