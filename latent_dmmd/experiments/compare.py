@@ -155,11 +155,11 @@ class Comparison:
             return {name: self.config.num_steps for name in self.to_train}
         return {name: max(1, round(60 * self.config.minutes / costs[name]["seconds"])) for name in self.to_train}
 
-    def labels(self, name: str) -> dict[str, dict]:
-        """What the ways are called in which an entry is sampled, and the arguments of the pipeline's call for each."""
-        ways = list(self.entries[name].method.samplers.items())
-        ways = ways[:1] if name in self.config.few else ways
-        return {f"{name} {way}".strip(): options for way, options in ways}
+    def ways(self, name: str) -> dict[str, dict]:
+        """The ways in which an entry is sampled: what each is called, and its arguments of the pipeline's call."""
+        samplers = list(self.entries[name].method.samplers.items())
+        samplers = samplers[:1] if name in self.config.few else samplers
+        return {f"{name} {sampler}".strip(): options for sampler, options in samplers}
 
     def sets(self, name: str) -> list[tuple[int, int]]:
         """NFE and seed of every set of an entry."""
@@ -183,7 +183,7 @@ class Comparison:
         files = {}
         for name in self.config.entries:
             state = f"{steps[name]}-steps" if name in steps else "trained"
-            for label in self.labels(name):
+            for label in self.ways(name):
                 folder = self.folder / "samples" / label.replace(" ", "-") / state
                 files[label] = {key: folder / "nfe-{}-seed-{}.safetensors".format(*key) for key in self.sets(name)}
         folder = self.folder / "samples" / GAUSSIAN

@@ -81,7 +81,7 @@ def generate_sets(comparison: Comparison, costs: dict[str, dict]) -> dict[str, d
     net = cached(partial(load_extractor, config.extractor))
     for name in config.entries:
         pipe = cached(partial(load_for_sets, comparison.pipeline_folder(name)))
-        for label, options in comparison.labels(name).items():
+        for label, options in comparison.ways(name).items():
             for (nfe, seed), path in files[label].items():
                 draw = partial(generate, pipe, {"num_inference_steps": nfe, **options})
                 make_set(config, net, path, f"{label}, {nfe} NFE", seed, draw, config.trained.get(name))
@@ -196,7 +196,7 @@ def measure_speed(comparison: Comparison) -> dict[str, dict]:
     """Seconds of one NFE per image, without decoding, for every label, and of decoding one; measured in turns."""
     path, entries = comparison.folder / "speed.json", comparison.config.entries
     known = json.loads(path.read_text()) if path.exists() else {}
-    ways = {label: (name, options) for name in entries for label, options in comparison.labels(name).items()}
+    ways = {label: (name, options) for name in entries for label, options in comparison.ways(name).items()}
     if not {*ways, "decode"} <= set(known):
         # all of them again: only figures of one measurement are compared
         folders = {name: comparison.pipeline_folder(name) for name in entries}

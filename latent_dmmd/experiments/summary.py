@@ -17,7 +17,7 @@ from latent_dmmd.metrics.scores import frechet_distance
 def seconds_per_image(comparison: Comparison, label: str, nfe: int, speed: dict[str, dict]) -> float:
     """What an image takes by these speeds, decoding included."""
     on_pixels = [name for name, entry in comparison.entries.items() if entry.autoencoder.name_or_path is None]
-    decoding = 0 if any(label in comparison.labels(name) for name in on_pixels) else speed["decode"]["seconds"]
+    decoding = 0 if any(label in comparison.ways(name) for name in on_pixels) else speed["decode"]["seconds"]
     return decoding + (nfe * speed[label]["seconds"] if label != GAUSSIAN else 0)
 
 
