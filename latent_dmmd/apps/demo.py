@@ -22,7 +22,7 @@ from latent_dmmd.data.sources import load_images
 from latent_dmmd.editing import editor_of
 from latent_dmmd.experiments.diagnosis import Diagnosis, save_diagnosis
 from latent_dmmd.flow import Sampler
-from latent_dmmd.pipeline import LatentDMMDPipeline, LatentPipeline, load_pipeline, read_index
+from latent_dmmd.pipeline import LatentDMMDPipeline, LatentPipeline, SamplingDefaults, load_pipeline, read_index
 from latent_dmmd.utils.images import labelled_grid, to_pil
 
 THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -160,8 +160,8 @@ def build_demo(folders: dict[str, str]) -> gr.Blocks:
             pipe, seed = pipeline(name), seed_of(seed).initial_seed()
             if not isinstance(pipe, LatentDMMDPipeline):
                 raise ValueError(f"{name} has no witness to diagnose; choose a DMMD pipeline")
-            gallery = load_images(data, resolution=pipe.resolution)
-            diagnosis = Diagnosis(pipe, pipe.encode(gallery.examples(2 * int(num_particles), seed)), seed)
+            source = load_images(data, resolution=pipe.resolution)
+            diagnosis = Diagnosis(pipe, pipe.encode(source.examples(2 * int(num_particles), seed)), seed)
             counts = (int(num_levels), int(steps_per_level))
             flows = {sampler: diagnosis.run(sampler, *counts) for sampler in ("exact", "approximate")}
             folder = Path(tempfile.mkdtemp(prefix="latent_dmmd-"))
@@ -179,7 +179,7 @@ def build_demo(folders: dict[str, str]) -> gr.Blocks:
         with gr.Tab("Generate"):
             with gr.Row():
                 num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images")
-                sampler = gr.Dropdown(list(get_args(Sampler)), value="exact", label="Sampler (DMMD)")
+                sampler = gr.Dropdown(list(get_args(Sampler)), value=SamplingDefaults().sampler, label="Sampler (DMMD)")
                 label = gr.Dropdown([ANY], value=ANY, label="Class")
                 guidance = gr.Slider(1.0, 5.0, 1.0, step=0.5, label="Guidance (approximate sampler)")
             start = gr.Button("Generate", variant="primary", elem_id="generate")
