@@ -8,10 +8,10 @@ import os
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
-from latent_dmmd.data.autoencoder import BUNDLED_AT
+from latent_dmmd.latent_pipeline import bundled_pipelines
 from latent_dmmd.utils.cli import run
 
-BUNDLED = {name: str(BUNDLED_AT.parents[1] / name) for name in ("elpv-dmmd", "elpv-flow-matching")}
+BUNDLED = {name: name for name in bundled_pipelines()}
 
 
 def main() -> None:
