@@ -3,7 +3,6 @@
 Writes complexity.json and complexity.png. Let nothing else run meanwhile.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from jsonargparse.typing import PositiveInt
 
 from latent_dmmd.experiments.complexity import complexity_report, plot_complexity
 from latent_dmmd.utils.cli import run
+from latent_dmmd.utils.files import write_json
 from latent_dmmd.utils.process import default_device
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     report["machine"] = {"device": device.type, "threads": torch.get_num_threads(), "torch": torch.__version__}
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "complexity.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(output_dir / "complexity.json", report)
     plot_complexity(report, output_dir / "complexity.png")
     for name, cost in report["objectives"].items():
         print(f"{name:<28}{cost['seconds']:8.3f} s per step, {cost['over_flow_matching']:.2f} of flow matching")

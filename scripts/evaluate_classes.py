@@ -17,6 +17,7 @@ from latent_dmmd.metrics.classes import LinearClassifier, class_agreement
 from latent_dmmd.metrics.extractors import CheckedImages, extract_features, load_extractor
 from latent_dmmd.pipeline import load_pipeline
 from latent_dmmd.utils.cli import run
+from latent_dmmd.utils.files import write_json
 from latent_dmmd.utils.images import labelled_grid
 
 
@@ -48,7 +49,7 @@ def main() -> None:
     report, output_dir = json.dumps(results, indent=2), Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     labelled_grid(rows, side=128).save(output_dir / "classes.webp", quality=85)
-    (output_dir / "classes.json").write_text(report + "\n")
+    write_json(output_dir / "classes.json", results)
     print(report)
 
 

@@ -15,6 +15,7 @@ from latent_dmmd.editing import editor_of
 from latent_dmmd.metrics.edits import EditComparison
 from latent_dmmd.pipeline import load_pipeline
 from latent_dmmd.utils.cli import run
+from latent_dmmd.utils.files import write_json
 from latent_dmmd.utils.images import labelled_grid
 
 
@@ -46,7 +47,7 @@ def main() -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         labelled_grid(firsts, side=192).save(output_dir / f"{task}.webp", quality=85)
         print(f"{task}: {json.dumps(results[task], indent=2)}")
-    (output_dir / "edits.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_json(output_dir / "edits.json", results)
 
 
 if __name__ == "__main__":

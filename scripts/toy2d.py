@@ -1,6 +1,5 @@
 """The 2-D experiment: python scripts/toy2d.py --output_dir docs writes toy2d.png and toy2d.json and prints a table."""
 
-import json
 import time
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from jsonargparse.typing import PositiveInt
 
 from latent_dmmd.experiments.toy2d import bandwidth_report, plot_toy, toy_report
 from latent_dmmd.utils.cli import run
+from latent_dmmd.utils.files import write_json
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     settings = {k: args[k] for k in ("num_steps", "num_particles", "training_steps", "num_seeds")}
     settings["seconds"] = round(time.perf_counter() - start, 1)
     result = {"settings": settings, "targets": report, "bandwidth": bandwidth}
-    (output_dir / "toy2d.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    write_json(output_dir / "toy2d.json", result)
     print("| target | flow | energy distance | near a mode | modes |\n| --- | --- | --- | --- | --- |")
     for target, flows in report.items():
         for name, row in flows.items():

@@ -15,7 +15,6 @@ first step there, and once more at the end, t = 0, and compares the particles Z 
 At t = 0 the features, the gauge and the gradient are those of the lowest level of the flow.
 """
 
-import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,6 +25,7 @@ from torch import Tensor
 from latent_dmmd.discrepancy import mmd2
 from latent_dmmd.flow import ApproximateFlow, Sampler
 from latent_dmmd.pipeline import LatentDMMDPipeline
+from latent_dmmd.utils.files import write_json
 
 NUM_GAUGE_LEVELS, NUM_GAUGE_PARTICLES, CHUNK_SIZE = 11, 64, 64
 
@@ -181,7 +181,7 @@ def save_diagnosis(flows: dict[str, list[Stop]], settings: dict, folder: str | P
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     report = {"settings": settings, "flows": {name: [vars(stop) for stop in stops] for name, stops in flows.items()}}
-    (folder / "diagnosis.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(folder / "diagnosis.json", report)
     plot_diagnosis(flows, folder / "diagnosis.png")
 
 

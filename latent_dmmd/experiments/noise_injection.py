@@ -36,15 +36,16 @@ class NoiseInjection(Flow):
         self._particles = z
         return super().gradient(z + self.noise_injection * noise, k)
 
+
+class InjectedExactFlow(NoiseInjection, ExactFlow):
+    """`ExactFlow` with noise injection."""
+
     def shared_witness(self, z: Tensor, level: LevelEmbeddings):
+        # of the particles, not of where the gradient is taken
         size = self.chunk_size or len(z)
         with torch.no_grad():
             phi = torch.cat([self.features(chunk, level.t) for chunk in self._particles.split(size)])
         return self.witness(phi, level)
-
-
-class InjectedExactFlow(NoiseInjection, ExactFlow):
-    """`ExactFlow` with noise injection."""
 
 
 class InjectedApproximateFlow(NoiseInjection, ApproximateFlow):

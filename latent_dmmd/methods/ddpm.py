@@ -6,9 +6,8 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
 
 from latent_dmmd.baselines import DDPM
-from latent_dmmd.methods.base import MethodConfig, latent_options, register
+from latent_dmmd.methods.base import MethodConfig, register
 from latent_dmmd.methods.flow_matching import FlowMatchingMethod
-from latent_dmmd.pipeline import LatentSchedulerPipeline
 
 
 @dataclass
@@ -27,11 +26,6 @@ class DDPMMethod(FlowMatchingMethod):
     def objective(self, network: nn.Module, averaged_net: nn.Module) -> DDPM:
         return DDPM(network)
 
-    def pipeline(
-        self, objective, averaged_net, particles, vae, sampling, seed, class_names=()
-    ) -> LatentSchedulerPipeline:
+    def scheduler(self) -> DDIMScheduler:
         # particles leave [-1, 1]; "trailing" spacing starts at the last time, where particles are noise
-        changes = dict(clip_sample=False, timestep_spacing="trailing")
-        scheduler = DDIMScheduler.from_config(DDPMScheduler().config, **changes)
-        options = latent_options(particles, vae) | self.sampling_options(sampling)
-        return LatentSchedulerPipeline(averaged_net, scheduler, **options)
+        return DDIMScheduler.from_config(DDPMScheduler().config, clip_sample=False, timestep_spacing="trailing")

@@ -4,9 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from latent_dmmd.discrepancy import get_discrepancy
 from latent_dmmd.features import FeatureNet
-from latent_dmmd.forward import get_forward_process
 from latent_dmmd.methods.base import register
 from latent_dmmd.methods.witness import PenaltyConfig, WitnessConfig, WitnessMethod
 from latent_dmmd.objective import DMMD
@@ -40,11 +38,8 @@ class DMMDMethod(WitnessMethod):
         options = self.options
         return DMMD(
             network,
-            get_forward_process(options.forward_process),
-            options.num_noise_levels,
+            **self.objective_options(),
             gradient_weight=options.gradient_weight,
             gradient_center=options.gradient_center,
             feature_weight=options.feature_weight,
-            discrepancy=get_discrepancy(**options.discrepancy_options()),
-            label_dropout=options.label_dropout,
         )

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import nn
 
 from latent_dmmd.baselines import FlowMatching, VelocityNet
@@ -41,7 +41,11 @@ class FlowMatchingMethod(Method):
         self, objective, averaged_net, particles, vae, sampling, seed, class_names=()
     ) -> LatentSchedulerPipeline:
         options = latent_options(particles, vae) | self.sampling_options(sampling)
-        return LatentSchedulerPipeline(self.generator(averaged_net), FlowMatchEulerDiscreteScheduler(), **options)
+        return LatentSchedulerPipeline(self.generator(averaged_net), self.scheduler(), **options)
+
+    def scheduler(self) -> SchedulerMixin:
+        """What moves particles by the network."""
+        return FlowMatchEulerDiscreteScheduler()
 
     def generator(self, averaged_net: nn.Module) -> VelocityNet:
         """The part of the averaged network that generates."""

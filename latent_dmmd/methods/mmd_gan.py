@@ -6,10 +6,9 @@ from torch import nn
 
 from latent_dmmd.baselines import MMDGAN, GeneratorAndCritic, VelocityNet
 from latent_dmmd.discrepancy import get_discrepancy
-from latent_dmmd.features import FeatureNet
 from latent_dmmd.methods.base import NetConfig, register
 from latent_dmmd.methods.flow_matching import FlowMatchingMethod, velocity_net
-from latent_dmmd.methods.witness import DiscrepancyConfig, PenaltyConfig
+from latent_dmmd.methods.witness import DiscrepancyConfig, PenaltyConfig, feature_net
 
 
 @dataclass
@@ -30,8 +29,7 @@ class MMDGANMethod(FlowMatchingMethod):
     name, title, config_class, one_step = "mmd-gan", "MMD-GAN", MMDGANConfig, True
 
     def network(self, net: NetConfig, shape: tuple[int, int, int], num_classes: int = 0) -> GeneratorAndCritic:
-        critic = dict(num_features=net.num_features, squared_norm=net.squared_norm)
-        return GeneratorAndCritic(velocity_net(net, shape), FeatureNet(**net.unet(shape), **critic))
+        return GeneratorAndCritic(velocity_net(net, shape), feature_net(net, shape))
 
     def objective(self, network: GeneratorAndCritic, averaged_net: nn.Module) -> MMDGAN:
         options = self.options

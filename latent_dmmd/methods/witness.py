@@ -12,7 +12,7 @@ from latent_dmmd.data.particles import Particles
 from latent_dmmd.discrepancy import get_discrepancy
 from latent_dmmd.embeddings import MeanEmbeddings
 from latent_dmmd.features import FeatureNet
-from latent_dmmd.forward import FORWARD_PROCESSES
+from latent_dmmd.forward import FORWARD_PROCESSES, get_forward_process
 from latent_dmmd.methods.base import Method, MethodConfig, NetConfig, draw_pairs, latent_options
 from latent_dmmd.objective import RunningEmbeddings, WitnessObjective
 from latent_dmmd.pipeline import LatentDMMDPipeline, SamplingDefaults
@@ -102,6 +102,12 @@ class PenaltyConfig:
         check(self.gradient_weight >= 0, f"objective.gradient_weight must not be negative; got {self.gradient_weight}")
 
 
+def feature_net(net: NetConfig, shape: tuple[int, int, int], num_classes: int = 0) -> FeatureNet:
+    """φ on particles of shape (C, h, w)."""
+    options = dict(num_features=net.num_features, squared_norm=net.squared_norm)
+    return FeatureNet(**net.unet(shape, num_classes), **options)
+
+
 class WitnessMethod(Method):
     """Base class: features that are trained by their witness, and sampled by its gradient flow."""
 
@@ -111,8 +117,16 @@ class WitnessMethod(Method):
     options: WitnessConfig
 
     def network(self, net: NetConfig, shape: tuple[int, int, int], num_classes: int = 0) -> FeatureNet:
-        options = dict(num_features=net.num_features, squared_norm=net.squared_norm)
-        return FeatureNet(**net.unet(shape, num_classes), **options)
+        return feature_net(net, shape, num_classes)
+
+    def objective_options(self) -> dict:
+        """The arguments that every witness objective has besides φ."""
+        return dict(
+            process=get_forward_process(self.options.forward_process),
+            num_noise_levels=self.options.num_noise_levels,
+            discrepancy=get_discrepancy(**self.options.discrepancy_options()),
+            label_dropout=self.options.label_dropout,
+        )
 
     def check_sampling(self, sampling: SamplingDefaults) -> None:
         check(

@@ -4,9 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from latent_dmmd.discrepancy import get_discrepancy
 from latent_dmmd.features import FeatureNet
-from latent_dmmd.forward import get_forward_process
 from latent_dmmd.methods.base import register
 from latent_dmmd.methods.witness import WitnessConfig, WitnessMethod
 from latent_dmmd.objective import MeanEmbeddingSource, Segment, WitnessMatching
@@ -46,15 +44,12 @@ class WitnessMatchingMethod(WitnessMethod):
         options = self.options
         return WitnessMatching(
             network,
-            get_forward_process(options.forward_process),
-            options.num_noise_levels,
+            **self.objective_options(),
             averaged_net=averaged_net,
             mean_embeddings=options.mean_embeddings,
             momentum=options.momentum,
             refresh_every=options.refresh_every,
-            discrepancy=get_discrepancy(**options.discrepancy_options()),
             num_points=options.num_points,
             segment=options.segment,
             num_classes=network.config.num_classes,
-            label_dropout=options.label_dropout,
         )

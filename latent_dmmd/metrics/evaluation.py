@@ -26,6 +26,7 @@ from latent_dmmd.metrics.extractors import (
     load_extractor,
 )
 from latent_dmmd.metrics.scores import frechet_distance, score_features
+from latent_dmmd.utils.files import write_aside
 
 NUM_SCORE_SPLITS = 10
 SMALL_BELOW = 2048
@@ -93,9 +94,7 @@ class Evaluation:
         """Write `to_json()` to a file, complete or not at all; its parent folders are made."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(self.to_json() + "\n")
-        part.replace(path)
+        write_aside(path, lambda aside: aside.write_text(self.to_json() + "\n"))
 
     def __str__(self) -> str:
         sizes = (self.n_generated, self.n_reference)

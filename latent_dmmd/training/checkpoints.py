@@ -19,6 +19,7 @@ from torch import nn
 
 from latent_dmmd.training.config import differing_keys
 from latent_dmmd.utils.errors import ConfigError, one_line
+from latent_dmmd.utils.files import put_in_place
 
 MANIFEST, AVERAGES = "complete.json", "averages.safetensors"
 
@@ -151,8 +152,7 @@ def save_checkpoint(
             if accelerator.is_main_process:
                 sizes = {p.name: p.stat().st_size for p in sorted(aside.iterdir())}
                 (aside / MANIFEST).write_text(json.dumps(sizes, indent=2))
-                discard(final)
-                os.replace(aside, final)
+                put_in_place(aside, final)
                 for old in checkpoints_in(folder)[:-limit]:
                     discard(old)
         except BaseException:

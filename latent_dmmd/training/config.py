@@ -211,7 +211,7 @@ def key_names(config_class: type, prefix: str = "") -> list[str]:
     return names
 
 
-def one_line(message: str, names: list[str], method: str | None = None) -> str:
+def parser_message(message: str, names: list[str], method: str | None = None) -> str:
     """A parser's message in one line, with the nearest existing key to one that does not exist."""
     message = " ".join(message.replace("Parser key ", "").split())
     message = message.replace("Unexpected config:", "a configuration file holds lines of key: value; got")
@@ -292,7 +292,7 @@ def parse_config(config_class: type[ConfigClass], args: list[str] | None = None)
     except ConfigError:
         raise
     except Exception as error:  # jsonargparse raises several types for bad input
-        message = one_line(str(error), key_names(config_class), method and method.name)
+        message = parser_message(str(error), key_names(config_class), method and method.name)
         raise ConfigError(message) from error
     return config_class(**{f.name: getattr(values, f.name) for f in fields(config_class)})
 

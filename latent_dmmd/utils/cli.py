@@ -5,13 +5,15 @@ from argparse import ArgumentError
 from collections.abc import Callable
 from pathlib import Path
 
+from latent_dmmd.utils.errors import one_line
+
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's `main`; an error that the user can mend, or Ctrl-C, is one line and exit code 2 or 130."""
     try:
         main()
     except (ArgumentError, ValueError, ImportError, OSError, FloatingPointError) as error:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
