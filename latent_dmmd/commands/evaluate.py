@@ -27,7 +27,9 @@ def main(args: list[str] | None = None) -> None:
     floor = load_images(floor_name, resolution=args.resolution) if floor_name else None
     if args.num_images is not None:
         draw = torch.Generator().manual_seed(args.seed)
-        sets = [Subset(s, torch.randperm(len(s), generator=draw)[: args.num_images].tolist()) for s in sets]
+        sets = [
+            Subset(s, torch.randperm(len(s), generator=draw, device="cpu")[: args.num_images].tolist()) for s in sets
+        ]
     autoencoder = args.autoencoder or (BUNDLED_AUTOENCODER if args.reference.startswith("elpv") else None)
     reconstructions = Reconstructions(load_autoencoder(autoencoder), sets[1]) if autoencoder else None
     options = {key: args[key] for key in keys}
