@@ -12,14 +12,14 @@ import pytest
 import yaml
 from conftest import save_tiny_images
 from PIL import Image
-from processes import ROOT, Child, run, wait_until
+from processes import ROOT, Child, wait_until
 
 import latent_dmmd
 from latent_dmmd.commands import COMMANDS
 
 MAIN = Path(latent_dmmd.__file__).parent / "__main__.py"
 SAMPLING = ["--num_images", "2", "--num_inference_steps", "4"]
-WITHOUT_THE_WORK = {"train-autoencoder"}  # minutes
+pytestmark = pytest.mark.long  # each command is tested by itself elsewhere
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def command(empty):
     """Runs `latent-dmmd WORDS` in it and returns what was printed."""
 
     def start(*words):
-        result = run(MAIN, *words, folder=empty)
+        result = Child(MAIN, *words, folder=empty).wait(600)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
@@ -114,7 +114,7 @@ def test_compare(command, empty, workshop):
 
 
 def test_studies(command, empty):
-    command("toy2d", "--num_steps", "2", "--num_particles", "8", "--training_steps", "1", "--num_seeds", "1",
+    command("toy2d", "--num_steps", "25", "--num_particles", "8", "--training_steps", "1", "--num_seeds", "1",
             "--output_dir", "toy2d")  # fmt: skip
     assert (empty / "toy2d" / "toy2d.png").exists()
 
@@ -145,6 +145,5 @@ def test_bundled_names_work(command, empty):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_itself(command, name):
-    assert f"latent-dmmd {COMMANDS[name].example}"[:40] in " ".join(command(name, "--help").split()) or name in (
-        "train", "train-autoencoder", "compare"
-    )  # fmt: skip
+    """Of `complexity` and `train-autoencoder`, which work for minutes, this is all."""
+    assert command(name, "--help").startswith(f"usage: latent-dmmd {name} ")
