@@ -15,13 +15,14 @@ from einops import rearrange, reduce
 from PIL import Image
 from processes import ROOT, run
 from torch.utils.data import Dataset, TensorDataset
+from torch_fidelity.metric_fid import fid_features_to_statistics
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from latent_dmmd.data.autoencoder import BUNDLED_AUTOENCODER, load_autoencoder, reconstruct
 from latent_dmmd.metrics.classes import LinearClassifier, class_agreement
 from latent_dmmd.metrics.evaluation import evaluate
 from latent_dmmd.metrics.extractors import extract_features, load_extractor
-from latent_dmmd.metrics.scores import frechet_distance
+from latent_dmmd.metrics.scores import distance_of_statistics, frechet_distance
 
 SCRIPT = ROOT / "scripts" / "evaluate.py"
 
@@ -110,6 +111,15 @@ def test_distance_is_the_closed_form_also_with_fewer_images_than_features():
         x = torch.randn(n, d, generator=generator)
         y = torch.randn(m, d, generator=generator) @ torch.randn(d, d, generator=generator) + 1
         assert frechet_distance(x, y) == pytest.approx(closed_form_distance(x, y), rel=1e-5)
+
+
+@pytest.mark.parametrize("n, m, d", [(4, 4, 16), (30, 20, 64), (32, 32, 64), (33, 32, 64), (7, 90, 128)])
+def test_few_images_have_the_distance_of_torch_fidelity(n, m, d):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(n, d, generator=generator).relu(), torch.randn(m, d, generator=generator) + 0.5
+    expected = distance_of_statistics(*(fid_features_to_statistics(f) for f in (x, y)))
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-6)
+    assert (frechet_distance(x, y) == expected) == (n + m > d)
 
 
 @pytest.mark.parametrize(
