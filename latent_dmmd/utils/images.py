@@ -7,6 +7,8 @@ from einops import rearrange
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from latent_dmmd.utils.files import write_aside
+
 
 def save_pngs(images_uint8: Tensor, folder: str | Path) -> list[Path]:
     """Write images (N, 3, H, W) as 00000.png, 00001.png, … into a folder, which is created."""
@@ -16,6 +18,22 @@ def save_pngs(images_uint8: Tensor, folder: str | Path) -> list[Path]:
     for image, path in zip(images_uint8, paths):
         to_pil(image).save(path)
     return paths
+
+
+def save_image(image: Image.Image, path: str | Path, **options) -> None:
+    """Write an image in the format of its suffix, whole or not at all, into a folder that is made.
+
+    Args:
+        image: The image.
+        path: The file.
+        options: Of Pillow's `save`.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(path, lambda aside: image.save(aside, Image.registered_extensions()[path.suffix], **options))
 
 
 def to_pil(image_uint8: Tensor) -> Image.Image:
@@ -50,7 +68,7 @@ def labelled_grid(rows: dict[str, Tensor], columns: int = 8, side: int | None = 
 
 
 def save_animation(frames: Tensor, path: str | Path, milliseconds: int = 120) -> None:
-    """Write an animated WebP that rests on its last frame.
+    """Write an animated WebP that rests on its last frame, whole or not at all.
 
     Args:
         frames: uint8, with shape (F, B, 3, H, W); the B images of a frame stand side by side.
@@ -59,7 +77,7 @@ def save_animation(frames: Tensor, path: str | Path, milliseconds: int = 120) ->
     """
     first, *others = [to_pil(rearrange(frame, "b c h w -> c h (b w)")) for frame in frames]
     durations = [milliseconds] * len(others) + [10 * milliseconds]
-    first.save(path, save_all=True, append_images=others, duration=durations, loop=0, quality=80)
+    save_image(first, path, save_all=True, append_images=others, duration=durations, loop=0, quality=80)
 
 
 def to_pixels(images_uint8: Tensor) -> Tensor:
