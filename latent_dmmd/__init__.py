@@ -3,10 +3,14 @@
 A kernel on learned features, a noise level, a flow.
 """
 
-from latent_dmmd.editing import LatentDMMDInpaintPipeline, LatentDMMDUpscalePipeline
-from latent_dmmd.embeddings import MeanEmbeddings
-from latent_dmmd.features import FeatureNet
-from latent_dmmd.pipeline import LatentDMMDPipeline
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from latent_dmmd.editing import LatentDMMDInpaintPipeline, LatentDMMDUpscalePipeline
+    from latent_dmmd.embeddings import MeanEmbeddings
+    from latent_dmmd.features import FeatureNet
+    from latent_dmmd.pipeline import LatentDMMDPipeline
 
 __version__ = "0.1.0"
 
@@ -17,3 +21,22 @@ __all__ = [
     "LatentDMMDUpscalePipeline",
     "MeanEmbeddings",
 ]
+
+MODULES = {
+    "FeatureNet": "features",
+    "LatentDMMDInpaintPipeline": "editing",
+    "LatentDMMDPipeline": "pipeline",
+    "LatentDMMDUpscalePipeline": "editing",
+    "MeanEmbeddings": "embeddings",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public class when it is asked for: the command line answers `--help` without PyTorch."""
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"latent_dmmd.{MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

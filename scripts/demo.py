@@ -1,36 +1,7 @@
-"""A page to play with trained pipelines, at a local address: python scripts/demo.py.
+"""`python scripts/demo.py` is `latent-dmmd demo`."""
 
-Generate and watch the flow, inpaint with a brush, diagnose. Needs pip install "latent-dmmd[app]".
-"""
-
-import os
-
-from jsonargparse import ArgumentParser
-from jsonargparse.typing import PositiveInt
-
-from latent_dmmd.latent_pipeline import bundled_pipelines
+from latent_dmmd.commands.demo import main
 from latent_dmmd.utils.cli import run
-
-BUNDLED = {name: name for name in bundled_pipelines()}
-
-
-def main() -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--pipelines", type=dict[str, str], default=BUNDLED, help="Names and folders of pipelines.")
-    parser.add_argument(
-        "--server_name", type=str, default="127.0.0.1", help="Address; 0.0.0.0 shows it to the network."
-    )
-    parser.add_argument("--server_port", type=PositiveInt, default=7860, help="Port.")
-    args = parser.parse_args()
-
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
-    try:
-        from latent_dmmd.apps.demo import THEME, build_demo
-    except ImportError as error:
-        raise ImportError(f'the page needs Gradio: pip install "latent-dmmd[app]" ({error})') from error
-    page = build_demo(args.pipelines)
-    page.launch(server_name=args.server_name, server_port=args.server_port, theme=THEME, footer_links=[])
-
 
 if __name__ == "__main__":
     run(main)

@@ -1,49 +1,7 @@
-"""Inpaint or enlarge an image with a trained pipeline: no training.
+"""`python scripts/edit.py` is `latent-dmmd edit`."""
 
-python scripts/edit.py --pipeline DIR --image cell.png --mask_image mask.png --output_dir edited
-python scripts/edit.py --pipeline DIR --image small.png --output_dir edited
-"""
-
-from pathlib import Path
-
-import torch
-from jsonargparse import ArgumentParser
-from jsonargparse.typing import PositiveInt
-
-from latent_dmmd.data.sources import open_mask, open_rgb
-from latent_dmmd.editing import editor_of
-from latent_dmmd.pipeline import load_pipeline
+from latent_dmmd.commands.edit import main
 from latent_dmmd.utils.cli import run
-
-
-def main() -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--pipeline", type=str, required=True, help="Folder of a saved pipeline: DMMD, flow matching.")
-    parser.add_argument("--image", type=str, required=True, help="The image; without a mask it is enlarged.")
-    parser.add_argument("--mask_image", type=str | None, help="White, or opaque, where the image is to be replaced.")
-    parser.add_argument("--scale", type=PositiveInt, default=4, help="Without a mask: factor of enlarging.")
-    parser.add_argument("--strength", type=float, default=1.0, help="Noise level that the flow begins at, in (0, 1].")
-    parser.add_argument("--num_inference_steps", type=PositiveInt, default=25, help="Evaluations of the network.")
-    parser.add_argument("--num_variations", type=PositiveInt, default=4, help="Images to make.")
-    parser.add_argument("--eta", type=float, default=0.8, help="Share of fresh noise after a step, in [0, 1].")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the noise.")
-    parser.add_argument("--output_dir", type=str, required=True, help="Where 00000.png, 00001.png, … go.")
-    args = parser.parse_args()
-
-    given = {"image": open_rgb(args.image)}
-    if args.mask_image is not None:
-        given["mask_image"] = open_mask(args.mask_image)
-    else:
-        given["scale"] = args.scale
-    pipe = editor_of(load_pipeline(args.pipeline), "inpaint" if args.mask_image is not None else "upscale")
-    settings = {key: args[key] for key in ("strength", "num_inference_steps", "num_variations", "eta")}
-    images = pipe(**given, **settings, generator=torch.Generator().manual_seed(args.seed)).images
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(images):
-        image.save(output_dir / f"{i:05d}.png")
-    print(f"{len(images)} images: {output_dir}")
-
 
 if __name__ == "__main__":
     run(main)

@@ -1,54 +1,7 @@
-"""Inpaint and enlarge real images with several pipelines and score them: edits.json, inpaint.webp, upscale.webp.
+"""`python scripts/evaluate_edits.py` is `latent-dmmd evaluate-edits`."""
 
-python scripts/evaluate_edits.py --pipelines "{dmmd: DIR, flow matching: DIR}" --data elpv:heldout --output_dir docs
-"""
-
-import json
-from pathlib import Path
-
-import torch
-from jsonargparse import ArgumentParser
-from jsonargparse.typing import PositiveInt
-
-from latent_dmmd.data.sources import load_images
-from latent_dmmd.editing import editor_of
-from latent_dmmd.metrics.edits import EditComparison
-from latent_dmmd.pipeline import load_pipeline
+from latent_dmmd.commands.evaluate_edits import main
 from latent_dmmd.utils.cli import run
-from latent_dmmd.utils.files import write_json
-from latent_dmmd.utils.images import labelled_grid
-
-
-def main() -> None:
-    parser = ArgumentParser(description=__doc__, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--pipelines", type=dict[str, str], required=True, help="Names and folders of pipelines.")
-    parser.add_argument("--data", type=str, required=True, help="Images: a folder, elpv:heldout.")
-    parser.add_argument("--output_dir", type=str, required=True, help="Where the files go.")
-    parser.add_argument("--num_images", type=PositiveInt, default=32, help="Images, drawn at random.")
-    parser.add_argument("--num_variations", type=PositiveInt, default=2, help="Edits of each image.")
-    parser.add_argument("--num_inference_steps", type=PositiveInt, default=25, help="Evaluations of the network.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of images, boxes and noise.")
-    args = parser.parse_args()
-
-    pipes = {name: load_pipeline(folder) for name, folder in args.pipelines.items()}
-    first, output_dir = next(iter(pipes.values())), Path(args.output_dir)
-    originals = load_images(args.data, first.resolution).examples(args.num_images, args.seed)
-    settings = {key: args[key] for key in ("num_inference_steps", "num_variations")}
-    results = {"settings": {key: args[key] for key in ("data", "num_images", "seed")} | settings}
-    for task in ("inpaint", "upscale"):
-        comparison = EditComparison(originals, task, seed=args.seed)
-        sets = comparison.plain(first.vae)
-        for name, pipe in pipes.items():
-            generator = torch.Generator().manual_seed(args.seed)
-            sets[name] = comparison.edited(editor_of(pipe, task), generator=generator, **settings)
-        results[task] = {name: vars(comparison.score(images)) for name, images in sets.items()}
-        rows = {"original": originals, "given": comparison.given} | sets
-        firsts = {name: images[:: len(images) // len(originals)][:8] for name, images in rows.items()}
-        output_dir.mkdir(parents=True, exist_ok=True)
-        labelled_grid(firsts, side=192).save(output_dir / f"{task}.webp", quality=85)
-        print(f"{task}: {json.dumps(results[task], indent=2)}")
-    write_json(output_dir / "edits.json", results)
-
 
 if __name__ == "__main__":
     run(main)

@@ -1,50 +1,7 @@
-"""Film a flow, or the way from one image to another: strip.png and film.webp.
+"""`python scripts/film.py` is `latent-dmmd film`."""
 
-python scripts/film.py --pipeline DIR --output_dir film
-python scripts/film.py --pipeline DIR --from_image a.png --to_image b.png --output_dir film
-"""
-
-import inspect
-
-import torch
-from jsonargparse import ArgumentParser
-from jsonargparse.typing import PositiveInt
-
-from latent_dmmd.apps.film import film, interpolation, save_film
-from latent_dmmd.data.sources import read_image
-from latent_dmmd.flow import Sampler
-from latent_dmmd.pipeline import load_pipeline
+from latent_dmmd.commands.film import main
 from latent_dmmd.utils.cli import run
-
-
-def main() -> None:
-    parser = ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--pipeline", type=str, required=True, help="Folder of a saved pipeline.")
-    parser.add_argument("--output_dir", type=str, required=True, help="Where strip.png and film.webp go.")
-    parser.add_argument("--num_images", type=PositiveInt, default=4, help="Particles that are filmed.")
-    parser.add_argument("--num_inference_steps", type=PositiveInt, default=25, help="Evaluations of the network.")
-    parser.add_argument("--sampler", type=Sampler | None, help="DMMD: which witness.")
-    parser.add_argument("--from_image", type=str | None, help="Interpolate from this image")
-    parser.add_argument("--to_image", type=str | None, help="to this one.")
-    parser.add_argument("--strength", type=float, default=0.5, help="Noise level that interpolated latents flow from.")
-    parser.add_argument("--num_frames", type=PositiveInt, default=9, help="Images in the strip, and interpolated.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the noise.")
-    args = parser.parse_args()
-    if (args.from_image is None) != (args.to_image is None):
-        raise ValueError("give both --from_image and --to_image, or neither")
-
-    pipe, generator = load_pipeline(args.pipeline), torch.Generator().manual_seed(args.seed)
-    sampling = {"num_inference_steps": args.num_inference_steps, "generator": generator}
-    if args.sampler is not None and "sampler" in inspect.signature(pipe.__call__).parameters:
-        sampling["sampler"] = args.sampler
-    if args.from_image is not None:
-        ends = torch.stack([read_image(path, pipe.resolution) for path in (args.from_image, args.to_image)])
-        frames = interpolation(pipe, ends, args.num_frames, args.strength, **sampling)[:, None]
-    else:
-        frames = film(pipe, args.num_images, **sampling)
-    save_film(frames, args.output_dir, args.num_frames)
-    print(f"strip: {args.output_dir}/strip.png   film: {args.output_dir}/film.webp")
-
 
 if __name__ == "__main__":
     run(main)

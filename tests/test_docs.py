@@ -5,11 +5,15 @@ import re
 import runpy
 import shlex
 import sys
+from functools import partial
+from pathlib import Path
 
 import jsonargparse
 import pytest
 from processes import ROOT
 
+import latent_dmmd.__main__
+from latent_dmmd.commands import COMMANDS
 from latent_dmmd.training.config import Config, key_names, parse_config
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -24,30 +28,44 @@ def blocks(page, language):
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.S)
 
 
+def command_of(words):
+    """The module of a command and its arguments, for a script, `latent-dmmd` or `-m latent_dmmd`; None for others."""
+    for i, word in enumerate(words):
+        if word.startswith("scripts/"):
+            return Path(word).stem, words[i + 1 :]
+        if word == "latent-dmmd" or (word == "latent_dmmd" and words[i - 1] == "-m"):
+            return words[i + 1], words[i + 2 :]
+    return None
+
+
 def commands():
-    """Page and words of every command that runs one of our scripts."""
+    """Page, command and arguments of everything of ours that a page runs, and the examples of `latent-dmmd --help`."""
     for page in PAGES:
         for block in blocks(page, "sh"):
             for line in block.replace("\\\n", " ").splitlines():
                 for command in re.split(r"&&|\|", line.split(" #")[0]):
-                    words = shlex.split(command, comments=True)
-                    script = next((i for i, word in enumerate(words) if word.startswith("scripts/")), None)
-                    if script is not None:
-                        yield page, words[script:]
+                    found = command_of(shlex.split(command, comments=True))
+                    if found is not None:
+                        yield page.name, *found
+    for command in COMMANDS.values():
+        yield "help", *command_of(["latent-dmmd", *shlex.split(command.example)])
 
 
 class Parsed(BaseException):
-    """Raised in place of a script's work."""
+    """Raised in place of a command's work."""
 
 
 @pytest.mark.parametrize(
-    "page, words", [pytest.param(*c, id=f"{c[0].name}: {' '.join(c[1])[:70]}") for c in commands()]
+    "name, arguments", [pytest.param(*c[1:], id=f"{c[0]}: {' '.join([c[1], *c[2]])[:70]}") for c in commands()]
 )
-def test_commands_parse(page, words, monkeypatch):
+def test_commands_parse(name, arguments, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    script, arguments = ROOT / words[0], words[1:]
-    assert script.exists()
-    if script.name == "train_latent.py" and "--print_config" not in arguments:
+    if name.startswith("--"):
+        monkeypatch.setattr(sys, "argv", ["latent-dmmd", name, *arguments])
+        latent_dmmd.__main__.main()
+        assert capsys.readouterr().out
+        return
+    if name in ("train_latent", "train") and "--print_config" not in arguments:
         parse_config(Config, arguments)
         return
     original = jsonargparse.ArgumentParser.parse_args
@@ -57,10 +75,14 @@ def test_commands_parse(page, words, monkeypatch):
         raise Parsed
 
     monkeypatch.setattr(jsonargparse.ArgumentParser, "parse_args", parse_args)
-    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    if (script := ROOT / "scripts" / f"{name}.py").exists():
+        monkeypatch.setattr(sys, "argv", [str(script), *arguments])
+        start = partial(runpy.run_path, str(script), run_name="__main__")
+    else:
+        monkeypatch.setattr(sys, "argv", ["latent-dmmd", name, *arguments])
+        start = latent_dmmd.__main__.main
     with pytest.raises((Parsed, SystemExit)) as end:
-        runpy.run_path(str(script), run_name="__main__")
+        start()
     assert end.type is Parsed or end.value.code == 0
 
 

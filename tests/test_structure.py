@@ -30,6 +30,8 @@ ORDER = [
     "training",
     "experiments",
     "apps",
+    "commands",
+    "__main__",
 ]
 
 

@@ -1,5 +1,6 @@
-"""What the scripts share: invalid input prints one line and exits with code 2."""
+"""What commands and scripts share: invalid input prints one line and exits with code 2."""
 
+import shlex
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from latent_dmmd.utils.errors import one_line
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's `main`; an error that the user can mend, or Ctrl-C, is one line and exit code 2 or 130."""
+    """Run a command's `main`; an error that the user can mend, or Ctrl-C, is one line and exit code 2 or 130."""
     try:
         main()
     except (ArgumentError, ValueError, ImportError, OSError, FloatingPointError) as error:
@@ -18,3 +19,9 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def command_line() -> str:
+    """What this process was started by, to be repeated."""
+    program, *arguments = sys.argv
+    return " ".join([f"python {program}" if program.endswith(".py") else program, shlex.join(arguments)])

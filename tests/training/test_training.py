@@ -258,7 +258,7 @@ def test_scripts_end_to_end(arguments, tmp_path):
     )
     assert trained.returncode == 0, trained.stderr
     last = trained.stdout.strip().splitlines()[-2:]
-    assert last[0].startswith("images: ") and "samples.png" in last[0] and "scripts/sample.py" in last[1]
+    assert last[0].startswith("images: ") and "samples.png" in last[0] and "latent-dmmd sample" in last[1]
     out = tmp_path / "samples"
     how = ["--num_images", "3", "--num_noise_levels", "4", "--steps_per_level", "1", "--seed", "1"]
     pipeline = ["--pipeline", tmp_path / "run" / "pipeline", "--output_dir", out]

@@ -1,0 +1,46 @@
+"""`latent-dmmd COMMAND …`, also as `python -m latent_dmmd` and `accelerate launch -m latent_dmmd`."""
+
+import sys
+from difflib import get_close_matches
+from importlib import import_module
+
+from latent_dmmd import __version__
+from latent_dmmd.commands import COMMANDS
+from latent_dmmd.utils.cli import run
+
+PROGRAM = "latent-dmmd"
+
+
+def help_text() -> str:
+    """All commands by group, with an example each."""
+    lines = [f"usage: {PROGRAM} COMMAND [OPTIONS]", "", "Deep MMD gradient flow in the latent space of an autoencoder."]
+    group = None
+    for name, command in COMMANDS.items():
+        if command.group != group:
+            group = command.group
+            lines += ["", f"{group}:"]
+        lines += [f"  {name:<19}{command.summary}", f"  {'':<19}  {PROGRAM} {command.example}"]
+    lines += ["", f"{PROGRAM} COMMAND --help shows the options of a command, {PROGRAM} --version the version."]
+    lines += ["On several processes, train and sample: accelerate launch -m latent_dmmd COMMAND [OPTIONS]"]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the command that the first word names; one that does not exist is an error with the nearest one."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("--help", "-h", "help"):
+        print(help_text())
+    elif name in ("--version", "-V"):
+        print(f"{PROGRAM} {__version__}")
+    elif name in COMMANDS:
+        sys.argv = [f"{PROGRAM} {name}", *arguments]  # the name that usage and errors begin with
+        run(import_module(f"latent_dmmd.commands.{name.replace('-', '_')}").main)
+    else:
+        near = get_close_matches(name.replace("_", "-"), COMMANDS, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else f"{PROGRAM} --help lists the commands"
+        print(f"{PROGRAM}: no command {name!r}; {hint}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
