@@ -110,6 +110,15 @@ class Evaluation:
             for name, value in vars(self).items()
         }
 
+    def remarks(self) -> list[str]:
+        """Lines to say once: images that were left out, and what makes the scores hard to compare."""
+        left_out = [
+            f"{len(names)} {name} images cannot be read and are left out: {', '.join(names)}"
+            for name, names in self.skipped.items()
+            if names
+        ]
+        return left_out + self.warnings
+
     def to_json(self) -> str:
         """`as_dict()` as strict JSON, indented."""
         return json.dumps(self.as_dict(), indent=2, allow_nan=False)
@@ -275,7 +284,7 @@ def origins(generated: ScoredImages, reference: Reference) -> dict:
     ours = reference.metadata
     return {
         "generated": generated.name,
-        "reference": reference.path if ours is None else ours.name,
+        "reference": reference.name,
         "preprocessing": generated.preprocessing,
         "reference_fingerprint": None if ours is None else ours.fingerprint,
         "skipped": {"generated": generated.skipped, "reference": () if ours is None else ours.skipped},

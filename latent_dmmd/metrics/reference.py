@@ -82,6 +82,11 @@ class Reference:
         """N; None if it is not known."""
         return None if self.features is None else len(self.features)
 
+    @property
+    def name(self) -> str | None:
+        """What the set is called; the file where that is not known."""
+        return self.path if self.metadata is None else self.metadata.name
+
     def frechet_distance(self, features: Tensor) -> float:
         """The Fréchet distance of features (M, d) and these."""
         if self.features is not None:
@@ -163,7 +168,9 @@ def fingerprint(images: Dataset[Tensor] | Tensor) -> str:
     return digest.hexdigest()
 
 
-def load_real_set(name_or_path: str, extractor: Extractor, **options) -> ScoredImages | Reference:
+def load_real_set(
+    name_or_path: str, extractor: Extractor, resolution: int = 256, **options
+) -> ScoredImages | Reference:
     """Real images by name, or what is known of them.
 
     An `.npz` of another program with samples besides `mu` and `sigma` is read as these where the extractor is
@@ -172,16 +179,20 @@ def load_real_set(name_or_path: str, extractor: Extractor, **options) -> ScoredI
     Args:
         name_or_path: As of `load_set`, or a file that `load_reference` reads.
         extractor: The network that is to see them.
+        resolution: Side of the images in pixels.
         options: Of `load_set`.
 
     Raises:
         DataError: As `load_set` and `load_reference`.
+        ValueError: If a file holds features of another network, or of images of another size.
     """
     if is_npz(name_or_path):
         names = npz_names(name_or_path)
         if "metadata" in names or ("mu" in names and (extractor == "inception-v3" or SAMPLES not in names)):
-            return load_reference(name_or_path)
-    return load_set(name_or_path, **options)
+            reference = load_reference(name_or_path)
+            reference.check(extractor, (resolution, resolution))
+            return reference
+    return load_set(name_or_path, resolution, **options)
 
 
 def load_reference(path: str | Path) -> Reference:

@@ -36,7 +36,7 @@ class ScoredImages(Dataset):
         images: uint8 RGB with shape (3, H, W) each.
         name: What they are called, None if they have no name.
         preprocessing: How they were read, None if that is not known.
-        file_format: Pillow's name of the format of most files, such as PNG or JPEG.
+        file_format: Pillow's name of the format of most files, such as PNG or JPEG, or "uncompressed".
         skipped: Names of images that cannot be read and are left out.
     """
 
@@ -76,14 +76,18 @@ def load_set(
     Raises:
         DataError: If there is no such set, or it holds no images.
     """
-    images = load_samples(name_or_path, resolution) if is_npz(name_or_path) else load_images(name_or_path, resolution)
+    if is_npz(name_or_path):
+        images, format_ = load_samples(name_or_path, resolution), "uncompressed"
+    else:
+        images = load_images(name_or_path, resolution)
+        format_ = file_format(images)
     order, skipped = list(range(len(images))), []
     if num_images is not None:
         order = torch.randperm(len(images), generator=generator, device="cpu").tolist()
     if on_bad_image == "skip":
         order, skipped = readable(images, order, num_images)
     subset = Subset(images, order[:num_images])
-    return ScoredImages(subset, name_or_path, READING, file_format(images), tuple(skipped))
+    return ScoredImages(subset, name_or_path, READING, format_, tuple(skipped))
 
 
 def readable(images: ImageDataset, order: list[int], num_images: int | None) -> tuple[list[int], list[str]]:

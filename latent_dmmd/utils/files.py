@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 
 from latent_dmmd.utils.errors import one_line
 
+PROBE = "probe"  # the name of a file that is written and removed at once
+
 
 def expand_home(config: object, *names: str) -> None:
     """Replace a leading `~` in the given fields, which a shell leaves alone behind "=" and in YAML."""
@@ -69,7 +71,13 @@ def check_writable(path: str | Path) -> None:
     check_folder(path.parent, path.name)
 
 
-def check_folder(folder: str | Path, name: str = "probe") -> None:
+def check_files(folder: str | Path, *names: str) -> None:
+    """Raise OSError unless files of these names can be written into a folder that is made."""
+    for name in names:
+        check_writable(Path(folder) / name)
+
+
+def check_folder(folder: str | Path, name: str = PROBE) -> None:
     """Raise OSError unless a file of that name can be written into a folder, which may be missing; none is left."""
     folder = Path(folder)
     nearest = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))

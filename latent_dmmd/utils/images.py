@@ -1,5 +1,6 @@
 """Images on disk: PNG files, labelled grids, animations, loss curves."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -10,14 +11,12 @@ from torch import Tensor
 from latent_dmmd.utils.files import write_aside
 
 
-def save_pngs(images_uint8: Tensor, folder: str | Path) -> list[Path]:
-    """Write images (N, 3, H, W) as 00000.png, 00001.png, … into a folder, which is created."""
+def save_pngs(images: Iterable[Image.Image], folder: str | Path) -> None:
+    """Write images as 00000.png, 00001.png, … into a folder, which is made."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{i:05d}.png" for i in range(len(images_uint8))]
-    for image, path in zip(images_uint8, paths):
-        to_pil(image).save(path)
-    return paths
+    for i, image in enumerate(images):
+        image.save(folder / f"{i:05d}.png")
 
 
 def save_image(image: Image.Image, path: str | Path, **options) -> None:

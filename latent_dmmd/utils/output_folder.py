@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from latent_dmmd.utils.errors import one_line
-from latent_dmmd.utils.files import check_folder, write_json
+from latent_dmmd.utils.files import PROBE, check_folder, write_json
 
 MANIFEST = ".latent_dmmd.json"  # the files that a call wrote
 ASIDE = ".latent_dmmd.partial"  # where they are until all are whole; what is left of a killed call makes way
@@ -43,6 +43,7 @@ class OutputFolder:
         for parent, folders, names in os.walk(self.folder):
             if ASIDE in folders:
                 folders.remove(ASIDE)
+            names = [name for name in names if not name.startswith(f".{PROBE}.")]  # another process looks as well
             links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
             found += [Path(parent, name).relative_to(self.folder).as_posix() for name in (*names, *links)]
         return sorted(name for name in found if name != MANIFEST)

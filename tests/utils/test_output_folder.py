@@ -5,6 +5,7 @@ import json
 import pytest
 from test_files import names, refused
 
+from latent_dmmd.utils.files import PROBE, aside_of
 from latent_dmmd.utils.output_folder import ASIDE, MANIFEST, OutputFolder
 
 
@@ -87,3 +88,8 @@ def test_two_calls_at_once_do_not_mix(tmp_path):
     first.fill(writes("images/00000.png"))
     assert "was written by another call meanwhile" in refused(second.fill, writes("images/00000.png", "grid.png"))
     assert names(tmp_path) == [MANIFEST, "images/00000.png"]
+
+
+def test_a_process_that_looks_at_the_same_time_is_no_output(tmp_path):
+    aside_of(tmp_path / PROBE).touch()
+    OutputFolder(tmp_path)
