@@ -157,7 +157,7 @@ class WitnessObjective(Objective):
         self.process = process
         self.discrepancy = discrepancy or MMD()
         self.label_dropout = label_dropout
-        levels = noise_levels(num_noise_levels, torch.get_default_device())  # where parameters are made as well
+        levels = noise_levels(num_noise_levels, torch.empty(0).device)  # where parameters are made as well
         self.register_buffer("levels", levels, persistent=False)
 
     def draw(self, particles: Particles, num_levels: int, num_pairs: int, generators: Generators) -> Batch:

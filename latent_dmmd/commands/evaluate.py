@@ -37,11 +37,10 @@ def main(args: list[str] | None = None) -> None:
     reading["generator"] = torch.Generator().manual_seed(args.seed)
     generated = load_set(args.generated, **reading)
     reference = load_real_set(args.reference, args.extractor, **reading)
-    of_features = isinstance(reference, Reference)
-    if of_features and args.autoencoder is not None:
+    if isinstance(reference, Reference) and args.autoencoder is not None:
         raise ValueError(f"{args.reference} holds no images to reconstruct; leave out --autoencoder")
     autoencoder = args.autoencoder
-    if autoencoder is None and args.reference.startswith("elpv") and not of_features:
+    if autoencoder is None and args.reference.partition(":")[0] == "elpv":
         autoencoder = BUNDLED_AUTOENCODER
     floor_name = FLOORS.get(reference.name)
     if args.npz is not None:

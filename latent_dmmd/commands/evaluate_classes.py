@@ -38,7 +38,7 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError(f"{args.pipeline} has classes {ours}, the images {names}")
     classify = LinearClassifier(extract_features(training, net)[0], labels)
     results = {"real": class_agreement(names, heldout.labels()[1], classify(extract_features(heldout, net)[0]))}
-    asked, rows = torch.arange(len(names)).repeat_interleave(args.num_images), {}
+    asked, rows = torch.arange(len(names), device="cpu").repeat_interleave(args.num_images), {}
     sampling = dict(class_labels=asked.tolist(), num_inference_steps=args.num_inference_steps, output_type="latent")
     for scale in args.guidance_scales:
         z = pipe(len(asked), guidance_scale=scale, generator=torch.Generator().manual_seed(0), **sampling).images
