@@ -282,11 +282,15 @@ def floor_of(
 def origins(generated: ScoredImages, reference: Reference) -> dict:
     """Where the two sets come from, as fields of `Evaluation`."""
     ours = reference.metadata
+    if ours is None:
+        warnings = [f"{reference.path} does not say which images and network its mu and sigma are of, nor how many"]
+    else:
+        warnings = compression_warnings(generated.file_format, ours.file_format)
     return {
         "generated": generated.name,
         "reference": reference.name,
         "preprocessing": generated.preprocessing,
         "reference_fingerprint": None if ours is None else ours.fingerprint,
         "skipped": {"generated": generated.skipped, "reference": () if ours is None else ours.skipped},
-        "warnings": compression_warnings(generated.file_format, None if ours is None else ours.file_format),
+        "warnings": warnings,
     }

@@ -169,7 +169,10 @@ def test_mu_and_sigma_give_the_fid_alone(foreign, inception):
     for name in ("n_reference", "floor_distance", "n_floor", "kid_mean", "kid_subset_size", "precision", "recall"):
         assert getattr(found, name) is None
     assert "KID" not in str(found) and "n = 20 / unknown" in str(found) and "biased upwards" in str(found)
-    assert json.loads(found.to_json())["reference"] == path
+    written = json.loads(found.to_json())
+    assert written["reference"] == path and written["warnings"] == found.remarks()
+    (line,) = found.remarks()
+    assert line.startswith(f"{path} does not say which images and network")
 
 
 def test_our_file_serves_as_mu_and_sigma(foreign, inception, tmp_path):
