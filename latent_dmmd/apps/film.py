@@ -7,7 +7,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from latent_dmmd.pipeline import LatentPipeline
-from latent_dmmd.utils.images import labelled_grid, save_animation, to_pixels, to_uint8
+from latent_dmmd.utils.images import labelled_grid, save_animation, save_image, to_pixels, to_uint8
 
 
 def film(
@@ -100,9 +100,8 @@ def save_film(frames: Tensor, folder: str | Path, num_columns: int = 9, side: in
         side: Side of its images.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     shown = torch.linspace(0, len(frames) - 1, min(num_columns, len(frames)), device="cpu").round().long()
     numbers = ", ".join(str(i) for i in shown.tolist())
     rows = {f"image {i}, frames {numbers}": frames[shown, i] for i in range(frames.shape[1])}
-    labelled_grid(rows, columns=len(shown), side=side).save(folder / "strip.png")
+    save_image(labelled_grid(rows, columns=len(shown), side=side), folder / "strip.png")
     save_animation(frames, folder / "film.webp")

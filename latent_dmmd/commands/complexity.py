@@ -7,7 +7,7 @@ from jsonargparse.typing import PositiveInt
 
 from latent_dmmd.commands import command_parser
 from latent_dmmd.experiments.complexity import complexity_report, plot_complexity
-from latent_dmmd.utils.files import write_json
+from latent_dmmd.utils.files import check_files, write_json
 from latent_dmmd.utils.process import default_device
 
 
@@ -30,6 +30,7 @@ def main(args: list[str] | None = None) -> None:
         raise ValueError(f"--resolutions must be multiples of 64; got {args.resolutions}")
     if min(len(args.batches), len(args.particles)) < 2:
         raise ValueError("--batches and --particles need at least 2 sizes each, to fit an exponent")
+    check_files(args.output_dir, "complexity.json", "complexity.png")
     device = default_device()
     sizes = (sorted(sizes) for sizes in (args.batches, args.particles, args.resolutions))
     report = complexity_report(device, *sizes, pairs_per_level=args.pairs_per_level, repeats=args.repeats)

@@ -9,6 +9,7 @@ from latent_dmmd.data.sources import load_images
 from latent_dmmd.experiments.diagnosis import Diagnosis, save_diagnosis
 from latent_dmmd.flow import Sampler
 from latent_dmmd.pipeline import load_pipeline
+from latent_dmmd.utils.files import check_files
 
 
 def main(args: list[str] | None = None) -> None:
@@ -22,6 +23,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--steps_per_level", type=PositiveInt, default=2, help="Gradient steps at each level.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of images, particles and noise.")
     args = parser.parse_args(args)
+    check_files(args.output_dir, "diagnosis.json", "diagnosis.png")
 
     pipe = load_pipeline(args.pipeline)
     pipe.set_progress_bar_config(desc="flow")

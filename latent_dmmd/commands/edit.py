@@ -1,6 +1,6 @@
 """`latent-dmmd edit`: inpaints with a mask, enlarges without."""
 
-from pathlib import Path
+from functools import partial
 
 import torch
 from jsonargparse.typing import PositiveInt
@@ -9,6 +9,8 @@ from latent_dmmd.commands import command_parser
 from latent_dmmd.data.sources import open_mask, open_rgb
 from latent_dmmd.editing import editor_of
 from latent_dmmd.pipeline import load_pipeline
+from latent_dmmd.utils.images import save_pngs
+from latent_dmmd.utils.output_folder import OutputFolder
 
 
 def main(args: list[str] | None = None) -> None:
@@ -22,8 +24,10 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--num_variations", type=PositiveInt, default=4, help="Images to make.")
     parser.add_argument("--eta", type=float, default=0.8, help="Share of fresh noise after a step, in [0, 1].")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the noise.")
-    parser.add_argument("--output_dir", type=str, required=True, help="Where 00000.png, 00001.png, … go.")
+    parser.add_argument("--output_dir", type=str, required=True, help="New folder for 00000.png, 00001.png, …")
+    parser.add_argument("--overwrite", action="store_true", help="Replace what an earlier call wrote there.")
     args = parser.parse_args(args)
+    output = OutputFolder(args.output_dir, args.overwrite)
 
     given = {"image": open_rgb(args.image)}
     if args.mask_image is not None:
@@ -33,8 +37,5 @@ def main(args: list[str] | None = None) -> None:
     pipe = editor_of(load_pipeline(args.pipeline), "inpaint" if args.mask_image is not None else "upscale")
     settings = {key: args[key] for key in ("strength", "num_inference_steps", "num_variations", "eta")}
     images = pipe(**given, **settings, generator=torch.Generator().manual_seed(args.seed)).images
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(images):
-        image.save(output_dir / f"{i:05d}.png")
-    print(f"{len(images)} images: {output_dir}")
+    output.fill(partial(save_pngs, images))
+    print(f"{len(images)} images: {args.output_dir}")

@@ -15,8 +15,8 @@ from latent_dmmd.data.sources import load_images
 from latent_dmmd.metrics.classes import LinearClassifier, class_agreement
 from latent_dmmd.metrics.extractors import CheckedImages, extract_features, load_extractor
 from latent_dmmd.pipeline import load_pipeline
-from latent_dmmd.utils.files import write_json
-from latent_dmmd.utils.images import labelled_grid
+from latent_dmmd.utils.files import check_files, write_json
+from latent_dmmd.utils.images import labelled_grid, save_image
 
 
 def main(args: list[str] | None = None) -> None:
@@ -29,6 +29,8 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--num_inference_steps", type=PositiveInt, default=25, help="Evaluations of φ.")
     parser.add_argument("--output_dir", type=str, required=True, help="Where the files go.")
     args = parser.parse_args(args)
+    check_files(args.output_dir, "classes.json", "classes.webp")
+
     pipe, net = load_pipeline(args.pipeline), load_extractor()
     training, heldout = (load_images(name, pipe.resolution) for name in (args.training, args.heldout))
     (names, labels), ours = training.labels(), pipe.config.get("class_names")
@@ -44,8 +46,6 @@ def main(args: list[str] | None = None) -> None:
         found = classify(extract_features(CheckedImages(images_uint8, "generated"), net)[0])
         results[f"guidance {scale:g}"] = class_agreement(names, asked, found)
         rows |= {f"{name}, guidance {scale:g}": images_uint8[asked == i][:8] for i, name in enumerate(names)}
-    report, output_dir = json.dumps(results, indent=2), Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    labelled_grid(rows, side=128).save(output_dir / "classes.webp", quality=85)
-    write_json(output_dir / "classes.json", results)
-    print(report)
+    write_json(Path(args.output_dir, "classes.json"), results)
+    save_image(labelled_grid(rows, side=128), Path(args.output_dir, "classes.webp"), quality=85)
+    print(json.dumps(results, indent=2))

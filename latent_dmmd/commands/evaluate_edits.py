@@ -11,8 +11,8 @@ from latent_dmmd.data.sources import load_images
 from latent_dmmd.editing import editor_of
 from latent_dmmd.metrics.edits import EditComparison
 from latent_dmmd.pipeline import load_pipeline
-from latent_dmmd.utils.files import write_json
-from latent_dmmd.utils.images import labelled_grid
+from latent_dmmd.utils.files import check_files, write_json
+from latent_dmmd.utils.images import labelled_grid, save_image
 
 
 def main(args: list[str] | None = None) -> None:
@@ -25,12 +25,14 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--num_inference_steps", type=PositiveInt, default=25, help="Evaluations of the network.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of images, boxes and noise.")
     args = parser.parse_args(args)
+    check_files(args.output_dir, "edits.json", "inpaint.webp", "upscale.webp")
 
     pipes = {name: load_pipeline(folder) for name, folder in args.pipelines.items()}
     first, output_dir = next(iter(pipes.values())), Path(args.output_dir)
     originals = load_images(args.data, first.resolution).examples(args.num_images, args.seed)
     settings = {key: args[key] for key in ("num_inference_steps", "num_variations")}
     results = {"settings": {key: args[key] for key in ("data", "num_images", "seed")} | settings}
+    grids = {}
     for task in ("inpaint", "upscale"):
         comparison = EditComparison(originals, task, seed=args.seed)
         sets = comparison.plain(first.vae)
@@ -40,7 +42,8 @@ def main(args: list[str] | None = None) -> None:
         results[task] = {name: vars(comparison.score(images)) for name, images in sets.items()}
         rows = {"original": originals, "given": comparison.given} | sets
         firsts = {name: images[:: len(images) // len(originals)][:8] for name, images in rows.items()}
-        output_dir.mkdir(parents=True, exist_ok=True)
-        labelled_grid(firsts, side=192).save(output_dir / f"{task}.webp", quality=85)
-        print(f"{task}: {json.dumps(results[task], indent=2)}")
+        grids[task] = labelled_grid(firsts, side=192)
     write_json(output_dir / "edits.json", results)
+    for task, grid in grids.items():
+        save_image(grid, output_dir / f"{task}.webp", quality=85)
+        print(f"{task}: {json.dumps(results[task], indent=2)}")

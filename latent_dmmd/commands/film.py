@@ -10,6 +10,7 @@ from latent_dmmd.commands import command_parser
 from latent_dmmd.data.sources import read_image
 from latent_dmmd.flow import Sampler
 from latent_dmmd.pipeline import load_pipeline
+from latent_dmmd.utils.files import check_files
 
 
 def main(args: list[str] | None = None) -> None:
@@ -27,6 +28,7 @@ def main(args: list[str] | None = None) -> None:
     args = parser.parse_args(args)
     if (args.from_image is None) != (args.to_image is None):
         raise ValueError("give both --from_image and --to_image, or neither")
+    check_files(args.output_dir, "strip.png", "film.webp")
 
     pipe, generator = load_pipeline(args.pipeline), torch.Generator().manual_seed(args.seed)
     sampling = {"num_inference_steps": args.num_inference_steps, "generator": generator}

@@ -7,7 +7,7 @@ from jsonargparse.typing import PositiveInt
 
 from latent_dmmd.commands import command_parser
 from latent_dmmd.experiments.toy2d import bandwidth_report, plot_toy, toy_report
-from latent_dmmd.utils.files import write_json
+from latent_dmmd.utils.files import check_files, write_json
 
 
 def main(args: list[str] | None = None) -> None:
@@ -18,6 +18,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--training_steps", type=PositiveInt, default=800, help="Training steps.")
     parser.add_argument("--num_seeds", type=PositiveInt, default=3, help="Seeds of particles and samples.")
     args = parser.parse_args(args)
+    check_files(args.output_dir, "toy2d.json", "toy2d.png")
 
     start, output_dir = time.perf_counter(), Path(args.output_dir)
     seeds = tuple(range(args.num_seeds))

@@ -7,6 +7,7 @@ With features φ of mean μ and covariance Σ, and φ₁ generated, φ₂ real:
     precision, recall      share of one set within the 3-neighbour balls of the other   (Kynkäänniemi et al., 2019)
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch_fidelity import (
@@ -25,11 +26,25 @@ NUM_KID_SUBSETS = 100
 
 
 def frechet_distance(features_1: Tensor, features_2: Tensor) -> float:
-    """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½) of two sets of features (N, d), N ≥ 2 (Heusel et al., 2017).
+    """‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½) of two sets of features, (N, d) and (M, d), N, M ≥ 2 (Heusel et al., 2017).
+
+    With centred features X / √(N − 1) and Y / √(M − 1), Σ₁ = XᵀX and Σ₂ = YᵀY. The eigenvalues of Σ₁Σ₂ are 0 and those
+    of (XYᵀ)(XYᵀ)ᵀ, so tr (Σ₁Σ₂)^½ is the sum of the singular values of XYᵀ, which has N rows and M columns. It is
+    computed so for N + M ≤ d, in float64, and by torch-fidelity from d × d matrices otherwise.
 
     Biased upwards for N < 2048; below 0 only by rounding.
     """
-    statistics_1, statistics_2 = (fid_features_to_statistics(f) for f in (features_1, features_2))
+    n, m, d = len(features_1), len(features_2), features_1.shape[1]
+    if n + m > d:
+        return distance_of_statistics(*(fid_features_to_statistics(f) for f in (features_1, features_2)))
+    means = [f.double().mean(0) for f in (features_1, features_2)]
+    x, y = ((f - mean) / (len(f) - 1) ** 0.5 for f, mean in zip((features_1, features_2), means))
+    traces = x.square().sum() + y.square().sum() - 2 * torch.linalg.matrix_norm(x @ y.T, "nuc")
+    return ((means[0] - means[1]).square().sum() + traces).item()
+
+
+def distance_of_statistics(statistics_1: dict[str, np.ndarray], statistics_2: dict[str, np.ndarray]) -> float:
+    """The Fréchet distance of means `mu` (d) and covariances `sigma` (d, d), of one floating type each."""
     return fid_statistics_to_metric(statistics_1, statistics_2, verbose=False)[KEY_METRIC_FID]
 
 

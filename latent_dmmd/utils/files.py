@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 
 from latent_dmmd.utils.errors import one_line
 
+PROBE = "probe"  # the name of a file that is written and removed at once
+
 
 def expand_home(config: object, *names: str) -> None:
     """Replace a leading `~` in the given fields, which a shell leaves alone behind "=" and in YAML."""
@@ -29,7 +31,7 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: If it cannot be written; the message names the file.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    aside = aside_of(path)
     try:
         write(aside)
         put_in_place(aside, path)
@@ -42,6 +44,11 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
             aside.unlink(missing_ok=True)
 
 
+def aside_of(path: Path) -> Path:
+    """The name that a file or a folder has in this process until it is whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
 def put_in_place(aside: Path, path: Path) -> None:
     """Rename a file or a folder; a folder that has the name makes way, and half deleted it no longer has it."""
     if path.is_dir():
@@ -52,6 +59,36 @@ def put_in_place(aside: Path, path: Path) -> None:
         shutil.rmtree(old)
     else:
         os.replace(aside, path)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise OSError unless a file can be written there, in folders that are made: asked before the work."""
+    path = Path(path)
+    if path.is_dir():
+        raise OSError(f"cannot write {path}: it is a folder; name a file in it")
+    if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
+        raise OSError(f"cannot write {path}: it is read-only or no plain file; name another file")
+    check_folder(path.parent, path.name)
+
+
+def check_files(folder: str | Path, *names: str) -> None:
+    """Raise OSError unless files of these names can be written into a folder that is made."""
+    for name in names:
+        check_writable(Path(folder) / name)
+
+
+def check_folder(folder: str | Path, name: str = PROBE) -> None:
+    """Raise OSError unless a file of that name can be written into a folder, which may be missing; none is left."""
+    folder = Path(folder)
+    nearest = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    if not nearest.is_dir():
+        raise OSError(f"cannot write into {folder}: {nearest} is no folder")
+    try:  # a superuser may write anywhere, but not on every file system
+        probe = aside_of(nearest / name)
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write into {folder}: {one_line(error)}") from error
 
 
 def write_json(path: Path, value: object) -> None:

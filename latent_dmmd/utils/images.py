@@ -1,5 +1,6 @@
 """Images on disk: PNG files, labelled grids, animations, loss curves."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -7,15 +8,31 @@ from einops import rearrange
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from latent_dmmd.utils.files import write_aside
 
-def save_pngs(images_uint8: Tensor, folder: str | Path) -> list[Path]:
-    """Write images (N, 3, H, W) as 00000.png, 00001.png, … into a folder, which is created."""
+
+def save_pngs(images: Iterable[Image.Image], folder: str | Path) -> None:
+    """Write images as 00000.png, 00001.png, … into a folder, which is made."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{i:05d}.png" for i in range(len(images_uint8))]
-    for image, path in zip(images_uint8, paths):
-        to_pil(image).save(path)
-    return paths
+    for i, image in enumerate(images):
+        image.save(folder / f"{i:05d}.png")
+
+
+def save_image(image: Image.Image, path: str | Path, **options) -> None:
+    """Write an image in the format of its suffix, whole or not at all, into a folder that is made.
+
+    Args:
+        image: The image.
+        path: The file.
+        options: Of Pillow's `save`.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_aside(path, lambda aside: image.save(aside, Image.registered_extensions()[path.suffix], **options))
 
 
 def to_pil(image_uint8: Tensor) -> Image.Image:
@@ -50,7 +67,7 @@ def labelled_grid(rows: dict[str, Tensor], columns: int = 8, side: int | None = 
 
 
 def save_animation(frames: Tensor, path: str | Path, milliseconds: int = 120) -> None:
-    """Write an animated WebP that rests on its last frame.
+    """Write an animated WebP that rests on its last frame, whole or not at all.
 
     Args:
         frames: uint8, with shape (F, B, 3, H, W); the B images of a frame stand side by side.
@@ -59,7 +76,7 @@ def save_animation(frames: Tensor, path: str | Path, milliseconds: int = 120) ->
     """
     first, *others = [to_pil(rearrange(frame, "b c h w -> c h (b w)")) for frame in frames]
     durations = [milliseconds] * len(others) + [10 * milliseconds]
-    first.save(path, save_all=True, append_images=others, duration=durations, loop=0, quality=80)
+    save_image(first, path, save_all=True, append_images=others, duration=durations, loop=0, quality=80)
 
 
 def to_pixels(images_uint8: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import tiny_pipeline
 from PIL import Image
 from processes import ROOT, run
 
-from latent_dmmd.apps.film import film, interpolation
+from latent_dmmd.apps.film import film, interpolation, save_film
 from latent_dmmd.utils.images import save_animation, to_pixels, to_uint8
 
 FILM, EDIT = ROOT / "scripts" / "film.py", ROOT / "scripts" / "edit.py"
@@ -72,6 +74,22 @@ def test_an_animation_has_every_frame(tmp_path):
     save_animation(random_images(6).unflatten(0, (3, 2)), tmp_path / "film.webp")
     with Image.open(tmp_path / "film.webp") as file:
         assert file.n_frames == 3 and file.size == (64, 32)
+
+
+def test_a_film_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    frames = random_images(6).unflatten(0, (3, 2))
+    save_film(frames, tmp_path / "film", side=32)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "film").iterdir()}
+    assert set(before) == {"strip.png", "film.webp"}
+
+    def interrupted(image, file, *args, **options):
+        Path(file).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_film(255 - frames, tmp_path / "film", side=32)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "film").iterdir()} == before
 
 
 def test_the_script_films_and_interpolates(pipe, tiny_images, tmp_path):

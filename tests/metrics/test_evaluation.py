@@ -15,13 +15,17 @@ from einops import rearrange, reduce
 from PIL import Image
 from processes import ROOT, run
 from torch.utils.data import Dataset, TensorDataset
+from torch_fidelity.metric_fid import fid_features_to_statistics
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
+from latent_dmmd import __version__
+from latent_dmmd.commands.evaluate import main as evaluate_command
 from latent_dmmd.data.autoencoder import BUNDLED_AUTOENCODER, load_autoencoder, reconstruct
 from latent_dmmd.metrics.classes import LinearClassifier, class_agreement
-from latent_dmmd.metrics.evaluation import evaluate
+from latent_dmmd.metrics.evaluation import Evaluation, evaluate
 from latent_dmmd.metrics.extractors import extract_features, load_extractor
-from latent_dmmd.metrics.scores import frechet_distance
+from latent_dmmd.metrics.scores import distance_of_statistics, frechet_distance
+from latent_dmmd.utils.errors import DataError
 
 SCRIPT = ROOT / "scripts" / "evaluate.py"
 
@@ -110,6 +114,15 @@ def test_distance_is_the_closed_form_also_with_fewer_images_than_features():
         x = torch.randn(n, d, generator=generator)
         y = torch.randn(m, d, generator=generator) @ torch.randn(d, d, generator=generator) + 1
         assert frechet_distance(x, y) == pytest.approx(closed_form_distance(x, y), rel=1e-5)
+
+
+@pytest.mark.parametrize("n, m, d", [(4, 4, 16), (30, 20, 64), (32, 32, 64), (33, 32, 64), (7, 90, 128)])
+def test_few_images_have_the_distance_of_torch_fidelity(n, m, d):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(n, d, generator=generator).relu(), torch.randn(m, d, generator=generator) + 0.5
+    expected = distance_of_statistics(*(fid_features_to_statistics(f) for f in (x, y)))
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-6)
+    assert (frechet_distance(x, y) == expected) == (n + m > d)
 
 
 @pytest.mark.parametrize(
@@ -297,6 +310,106 @@ def test_script_refuses_a_bad_folder_in_one_line(tmp_path):
     assert result.stderr.count("\n") == 1 and "nowhere" in result.stderr
     assert "Traceback" not in result.stderr
     assert not output.exists()
+
+
+# The command
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """8 generated PNG files, one of which is damaged, and 9 real JPEG files, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "generated", random_images(8, 0, size=32))
+    (tmp_path / "generated" / "003.png").write_bytes(b"damaged")
+    (tmp_path / "real").mkdir()
+    for path in write_images(tmp_path / "lossless", random_images(9, 1, size=32)).iterdir():
+        with Image.open(path) as file:
+            file.save(tmp_path / "real" / f"{path.stem}.jpg")
+    return tmp_path
+
+
+def command(capsys, *words):
+    """What `latent-dmmd evaluate WORDS` prints, on 32 × 32 pixels."""
+    evaluate_command([*map(str, words), "--resolution", "32"])
+    return capsys.readouterr()
+
+
+def scores_in(path):
+    """The scores of a JSON file, without names and times."""
+    scores = json.loads(Path(path).read_text())
+    other = ("seconds", "generated", "reference", "reference_fingerprint", "skipped", "warnings")
+    return {name: value for name, value in scores.items() if name not in other}
+
+
+def test_command_scores_saved_features_and_samples_as_the_folders(lite0, folders, capsys):
+    how = ("--on_bad_image", "skip", "--kid_subset_size", 4)
+    printed = command(capsys, "generated", "real", *how, "--output=a.json", "--npz=a.npz", "--save_reference=b.npz")
+    scores = json.loads(Path("a.json").read_text())
+    assert (scores["generated"], scores["reference"], scores["image_size"]) == ("generated", "real", [32, 32])
+    assert scores["n_generated"] == 7 and scores["skipped"] == {"generated": ["generated/003.png"], "reference": []}
+    assert scores["library_version"] == __version__ and "Lanczos" in scores["preprocessing"]
+    skipped, compression = printed.err.splitlines()
+    assert skipped == "warning: 1 generated images cannot be read and are left out: generated/003.png"
+    assert compression.startswith("warning: the reference is JPEG, the generated images are PNG: Fréchet distances")
+    assert [compression.removeprefix("warning: ")] == scores["warnings"]
+    command(capsys, "a.npz", "b.npz", "--kid_subset_size", 4, "--output", "c.json")
+    assert scores_in("c.json") == scores_in("a.json")
+    assert json.loads(Path("c.json").read_text())["reference"] == "real"
+
+
+def test_command_names_a_bad_image_and_writes_nothing(lite0, folders, capsys):
+    with pytest.raises(DataError, match="003.png"):
+        command(capsys, "generated", "real", "--output", "a.json")
+    assert not Path("a.json").exists()
+
+
+@pytest.mark.parametrize(
+    "outputs, message",
+    [
+        ("--output real", "cannot write real: it is a folder; name a file in it"),
+        ("--output real/000.jpg/a.json", "000.jpg is no folder"),
+        ("--output a.json --npz real", "name it FILE.npz"),
+        ("--output a.json --npz real/000.jpg/b.npz", "000.jpg is no folder"),
+        ("--output a.json --save_reference b.json", "name it FILE.npz"),
+        ("--output a.json --npz b.npz --save_reference b.npz", "must be different files"),
+        ("--output b.npz --npz b.npz", "must be different files"),
+        ("--output a/b.json --npz a/c.npz", "began to work"),
+    ],
+)
+def test_command_checks_what_it_writes_before_the_work(outputs, message, folders, capsys, monkeypatch):
+    def work(*args, **options):
+        raise NotImplementedError("began to work")
+
+    monkeypatch.setattr("latent_dmmd.commands.evaluate.load_set", work)
+    before = sorted(folders.rglob("*"))
+    with pytest.raises((OSError, ValueError, NotImplementedError)) as caught:
+        command(capsys, "generated", "real", *outputs.split())
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert sorted(folders.rglob("*")) == before
+
+
+def test_command_does_not_write_over_what_it_scores(folders, capsys):
+    np.savez("samples.npz", np.zeros((4, 32, 32, 3), np.uint8))
+    for output in ("--output=samples.npz", "--npz=samples.npz", "--save_reference=samples.npz"):
+        with pytest.raises(ValueError, match="must be different files"):
+            command(capsys, "samples.npz", "real", "--output=a.json", output)
+
+
+def test_command_writes_scores_before_it_prints_them(lite0, folders, capsys, monkeypatch):
+    monkeypatch.setattr(Evaluation, "__str__", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command(capsys, "lossless", "real", "--output", "a.json", "--kid_subset_size", 4)
+    assert json.loads(Path("a.json").read_text())["n_generated"] == 9
+
+
+def test_command_says_that_features_have_no_reconstructions(lite0, folders, capsys):
+    command(capsys, "lossless", "real", "--output", "a.json", "--save_reference", "b.npz")
+    with pytest.raises(ValueError, match="leave out --autoencoder"):
+        command(capsys, "lossless", "b.npz", "--output", "a.json", "--autoencoder", "elpv-vae")
+    with pytest.raises(ValueError, match="of images of 32 × 32 pixels, not 64 × 64; pass --resolution"):
+        evaluate_command(["lossless", "b.npz", "--output", "a.json", "--resolution", "64"])
+    with pytest.raises(ValueError, match="holds features of efficientnet-lite0; pass --extractor efficientnet-lite0"):
+        command(capsys, "lossless", "b.npz", "--output", "a.json", "--extractor", "inception-v3")
 
 
 def test_a_linear_classifier_separates_what_is_separable():
