@@ -40,7 +40,7 @@ def test_the_notebook_runs_with_fewer_steps(source, tmp_path):
 
 
 @pytest.mark.long
-def test_the_notebook_runs(source, tmp_path):
+def test_the_notebook_runs_in_full(source, tmp_path):
     run_notebook(source, tmp_path)
 
 
