@@ -6,5 +6,5 @@ from pathlib import Path
 
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 for requirement in [*project["dependencies"], *project["optional-dependencies"]["demo"]]:
-    name, version = re.match(r"([\w.-]+)(?:\[\w+\])?>=([\d.]+)", requirement).groups()
+    name, version = re.match(r"([\w.-]+)(?:\[\w+\])?>=([\w.]+)", requirement).groups()
     print(f"{name}=={version}")
