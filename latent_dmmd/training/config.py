@@ -306,24 +306,3 @@ def save_config(config: object, path: Path) -> None:
     """Write the resolved configuration. Raises OSError if it cannot be written."""
     text = yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True)
     write_aside(path, lambda aside: aside.write_text(text))
-
-
-def differing_keys(config: object, path: Path) -> list[str]:
-    """Dotted keys in which a saved configuration differs, but for `resume_from_checkpoint` and `output_dir`.
-
-    Keys of other methods, which 0.1 saved with every run, do not count.
-    """
-
-    def flatten(values: dict, prefix: str = "") -> dict:
-        flat = {}
-        for name, value in values.items():
-            flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
-        return flat
-
-    saved, current = flatten(yaml.safe_load(path.read_text()) or {}), flatten(as_dict(config))
-    ignored = ("resume_from_checkpoint", "output_dir")
-    names = [n for n in {**saved, **current} if n not in ignored]
-    names = [n for n in names if n in current or not n.startswith("objective.")]
-    names = [n for n in names if saved.get(n) != current.get(n)]
-    method = "objective.name"
-    return [n for n in names if n == method or method not in names or not n.startswith("objective.")]

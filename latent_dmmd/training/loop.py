@@ -176,7 +176,9 @@ def train_with(config: Config, accelerator: Accelerator) -> Path:
     first_step = 0
     if resume_from is not None:
         first_step = load_checkpoint(accelerator, trainer.network, trainer.ema, resume_from)
-        accelerator.print(f"resuming from {resume_from}")
+        accelerator.print(f"resuming from {resume_from}, at step {first_step}")
+    elif config.resume_from_checkpoint == "latest":
+        accelerator.print(f"no checkpoint in {folder} yet: starting at step 0")
     if options.log_with:
         accelerator.init_trackers("latent_dmmd")
 

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from latent_dmmd.methods import METHODS
-from latent_dmmd.training.config import Config, as_dict, differing_keys, parse_config, save_config
+from latent_dmmd.training.config import Config, as_dict, parse_config, save_config
 from latent_dmmd.utils.errors import ConfigError
 
 
@@ -240,24 +240,6 @@ def test_the_home_folder_is_expanded(write, tmp_path, monkeypatch):
 def test_unknown_methods_are_named():
     text = message(["--objective.name", "flow-machting"])
     assert "did you mean flow-matching?" in text and all(name in text for name in METHODS)
-
-
-def test_keys_of_other_methods_do_not_count(tmp_path):
-    """A run folder of 0.1 holds the keys of all methods."""
-    path, saved = tmp_path / "config.yaml", as_dict(Config())
-    saved["objective"] |= {"gradient_weight": 1.0, "teacher": None, "witness_weight": 0.0}
-    path.write_text(yaml.safe_dump(saved))
-    assert differing_keys(Config(), path) == []
-
-
-def test_differing_keys(tmp_path):
-    path = tmp_path / "config.yaml"
-    save_config(Config(), path)
-    assert differing_keys(Config(), path) == []
-    args = "--training.num_steps 9 --objective.name dmmd --output_dir elsewhere --resume_from_checkpoint latest".split()
-    assert differing_keys(parse_config(Config, args), path) == ["objective.name", "training.num_steps"]
-    path.write_text("training:\n  num_epochs: 3\n")
-    assert "training.num_epochs" in differing_keys(Config(), path)
 
 
 def test_every_key_is_documented():
