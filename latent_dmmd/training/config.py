@@ -22,6 +22,7 @@ from latent_dmmd.methods.witness_matching import WitnessMatchingConfig
 from latent_dmmd.pipeline import SamplingDefaults
 from latent_dmmd.utils.errors import ConfigError, check
 from latent_dmmd.utils.files import expand_home, write_aside
+from latent_dmmd.utils.process import check_precision
 
 
 @dataclass
@@ -91,8 +92,8 @@ class TrainingConfig:
         num_warmup_steps: Steps of linear warm-up.
         max_grad_norm: Gradient norm above which gradients are scaled down.
         ema_decay: Decay of the averaged weights; shorter early on.
-        mixed_precision: "no" (in quotes in YAML, where a bare no is false), "bf16", or "auto": bf16 where the hardware
-            computes in it, "no" elsewhere.
+        mixed_precision: "no" (in quotes in YAML, where a bare no is false), "bf16", or "auto": bf16 if `accelerate
+            launch` was asked for it or the hardware computes in it, "no" elsewhere.
         checkpointing_steps: Steps between checkpoints; there is one at the end as well.
         checkpoints_total_limit: Checkpoints kept.
         log_every: Steps between two lines of metrics.jsonl.
@@ -126,10 +127,7 @@ class TrainingConfig:
         for name in ("num_warmup_steps", "seed"):
             check(getattr(self, name) >= 0, f"training.{name} must not be negative; got {getattr(self, name)}")
         check(0 <= self.ema_decay < 1, f"training.ema_decay must be in [0, 1); got {self.ema_decay}")
-        check(
-            self.mixed_precision != "fp16",
-            "training.mixed_precision=fp16 overflows in the second derivative of the gradient penalty; use bf16 or no",
-        )
+        check_precision("training.mixed_precision", self.mixed_precision)
 
 
 @dataclass

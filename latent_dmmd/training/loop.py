@@ -32,7 +32,7 @@ from latent_dmmd.training.metrics_file import MetricsFile, plot_losses
 from latent_dmmd.training.publishing import log_samples, sample_grid, save_pipeline
 from latent_dmmd.training.trainer import Trainer
 from latent_dmmd.utils.errors import ConfigError, DataError
-from latent_dmmd.utils.process import own_accelerator
+from latent_dmmd.utils.process import own_accelerator, precision_and_reason
 
 
 def check_tracker(name: str | None) -> None:
@@ -147,6 +147,7 @@ def train_with(config: Config, accelerator: Accelerator) -> Path:
     """`train` on the devices, ranks and precision of an Accelerator."""
     # initialise and validate
     options, device = config.training, accelerator.device
+    accelerator.print("mixed precision: {} ({})".format(*precision_and_reason(options.mixed_precision)))
     name = config.autoencoder.name_or_path
     vae = load_autoencoder(name, device) if name else None
     source = load_images(
