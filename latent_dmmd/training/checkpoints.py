@@ -59,13 +59,21 @@ def check_run_folder(config: object, may_differ: tuple[str, ...] = ()) -> Path:
 def prepare_run_folder(config: object, may_differ: tuple[str, ...] = ()) -> Path:
     """`check_run_folder`, and make the folder. Raises OSError if it cannot be made."""
     folder = check_run_folder(config, may_differ)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(f"{folder} may not be written to")
-    except OSError as error:
-        raise OSError(f"cannot write {folder}: {one_line(error)}; choose another --output_dir") from error
+    check_writable(folder, "output_dir")
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def check_writable(folder: Path, key: str) -> Path:
+    """The nearest folder that is there, itself or above it. Raises OSError, with the key, if it cannot be written."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"cannot write {folder}: {there} is a file; pass another {key}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        read_only = os.statvfs(there).f_flag & os.ST_RDONLY if hasattr(os, "statvfs") else False
+        why = "Read-only file system" if read_only else "no permission"
+        raise PermissionError(f"cannot write {folder}: {why} at {there}; pass another {key}")
+    return there
 
 
 def way_on(folder: Path, changed: Iterable[str]) -> str:

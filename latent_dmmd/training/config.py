@@ -157,6 +157,7 @@ class Config:
     Args:
         output_dir: The run folder.
         resume_from_checkpoint: A checkpoint folder, "latest", or null: the latest if the run folder has one.
+        dry_run: Whether to check everything, time a few steps, say what would happen and write nothing.
         data: The images.
         autoencoder: The frozen autoencoder.
         feature_net: The network.
@@ -167,6 +168,7 @@ class Config:
 
     output_dir: str = "runs/elpv256-latent"
     resume_from_checkpoint: str | None = None
+    dry_run: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     feature_net: NetConfig = field(default_factory=NetConfig)
@@ -276,6 +278,9 @@ def parse_config(config_class: type[ConfigClass], args: list[str] | None = None)
     parser.add_argument("--config", action="config", help="YAML file of settings; may be given several times.")
     by_name = {f.name for f in fields(config_class) if f.type is MethodConfig}
     parser.add_class_arguments(config_class, as_group=False, skip=by_name)
+    for action in parser._actions:  # --dry_run alone is --dry_run true, and so for every other switch
+        if getattr(action, "_typehint", None) is bool:
+            action.nargs, action.const = "?", True
     method = None
     if by_name:
         method = chosen_method(args)
