@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import metrics
 
 from latent_dmmd.objective import WitnessMatching
 from latent_dmmd.training import dry_run as module
 from latent_dmmd.training.config import Config, parse_config
+from latent_dmmd.training.differences import differing_keys
 from latent_dmmd.training.dry_run import duration
 from latent_dmmd.training.loop import train
 
@@ -46,7 +46,7 @@ def test_a_first_run(plan, tmp_path, monkeypatch, workshop):
     assert lines["encoding"].startswith("12 images of ") and lines["encoding"].endswith("s")
     assert str(tmp_path / "home" / "latent_dmmd") in lines["cache"]
     assert lines["network"].endswith("parameters (FeatureNet)")
-    assert re.fullmatch(r"6 steps of [\d.e-]+ s, about 0 s", lines["training"])
+    assert re.fullmatch(r"6 steps of [\d.e-]+ s, about \\d+ s", lines["training"])
     assert re.fullmatch(r"[\d,]+ MB", lines["peak memory"])
     assert "(2 + 1 checkpoints of 0 MB, pipeline)" in lines["run folder"]
     assert lines["would"] == f"start at step 0 in {tmp_path / 'run'}"
@@ -62,16 +62,12 @@ def test_the_size_of_a_checkpoint(arguments, trained, monkeypatch):
     assert sizes[0] == pytest.approx(sum(files[name] for name in names) / 2**20, rel=0.5)
 
 
-def test_a_cache_that_is_there(plan, trained_once, workshop):
-    assert plan()["encoding"] == f"none: all latents are in {workshop / 'cache'}"
-
-
 @pytest.mark.parametrize("left", [3, 0])
-def test_a_run_that_was_begun(plan, arguments, trained, left):
-    """Dry runs between two starts change nothing of what is trained."""
+def test_a_run_that_was_begun(plan, trained, workshop, left):
     if left:
         shutil.rmtree(trained / "checkpoint-6")
     lines = plan()
+    assert lines["encoding"] == f"none: all latents are in {workshop / 'cache'}"
     if left:
         assert lines["would"] == f"resume from {trained / 'checkpoint-3'}, at step 3 of 6"
         assert lines["training"].startswith("3 steps")
@@ -82,13 +78,9 @@ def test_a_run_that_was_begun(plan, arguments, trained, left):
 @pytest.mark.parametrize(
     "extra",
     [
-        ["--objective.name", "dmmd"],
-        ["--objective.name", "flow-matching"],
-        ["--objective.name", "ddpm"],
         ["--objective.name", "mmd-gan"],
         ["--autoencoder.name_or_path", "null", "--feature_net.patch_size", "16"],
         ["--data.horizontal_flip", "true", "--data.cache_dir", "null"],
-        ["--training.mixed_precision", "bf16"],
     ],
     ids=" ".join,
 )
@@ -173,11 +165,11 @@ def test_too_little_room(arguments, tmp_path, key, monkeypatch):
         train(parse_config(Config, [*arguments, key, str(full / "new"), DRY]))
 
 
-def test_a_dry_run_is_no_difference(arguments, trained):
-    before = metrics(trained)
-    train(parse_config(Config, [*arguments, DRY]))
-    train(parse_config(Config, arguments))
-    assert metrics(trained) == before and "dry_run: true" not in (trained / "config.yaml").read_text()
+def test_a_dry_run_is_no_difference(trained):
+    saved = trained / "config.yaml"
+    assert "dry_run: false" in saved.read_text()
+    config = parse_config(Config, ["--config", str(saved), DRY])
+    assert config.dry_run and differing_keys(config, saved) == {}
 
 
 def test_durations():
