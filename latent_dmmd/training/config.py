@@ -20,6 +20,7 @@ from latent_dmmd.data.sources import OnBadImage
 from latent_dmmd.methods.base import METHODS, Method, MethodConfig, NetConfig, build_method, method_class
 from latent_dmmd.methods.witness_matching import WitnessMatchingConfig
 from latent_dmmd.pipeline import SamplingDefaults
+from latent_dmmd.training.configurations import with_bundled
 from latent_dmmd.utils.errors import ConfigError, check
 from latent_dmmd.utils.files import expand_home, write_aside
 from latent_dmmd.utils.process import check_precision
@@ -251,10 +252,10 @@ def documents(args: list[str]) -> Iterator[dict]:
             yield document if key == "--config" else {"objective": document}
 
 
-def chosen_method(args: list[str] | None) -> type[Method]:
+def chosen_method(args: list[str]) -> type[Method]:
     """The method that the command line and its files name last. Raises ConfigError if there is none of that name."""
     name = WitnessMatchingConfig.name
-    for document in documents(sys.argv[1:] if args is None else args):
+    for document in documents(args):
         objective = document.get("objective")
         if isinstance(objective, dict) and "name" in objective:
             name = objective["name"]
@@ -263,6 +264,8 @@ def chosen_method(args: list[str] | None) -> type[Method]:
 
 def parse_config(config_class: type[ConfigClass], args: list[str] | None = None) -> ConfigClass:
     """A configuration from `--config FILE.yaml` (repeatable, later ones win) and `--key value` overrides.
+
+    A bundled configuration is given by its name, as in `--config elpv256_classes`; a local file of that name wins.
 
     A key of type `MethodConfig` takes the keys of the method that its `name` chooses, and no others.
 
@@ -273,9 +276,14 @@ def parse_config(config_class: type[ConfigClass], args: list[str] | None = None)
     Raises:
         ConfigError: If a key does not exist, or a value is of the wrong type or out of range.
     """
+    args = with_bundled(sys.argv[1:] if args is None else args)
     # no abbreviations: --training.num_step would quietly be taken for num_steps
     parser = ArgumentParser(description=config_class.__doc__.split("\n")[0], exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file of settings; may be given several times.")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file of settings, or the name of a bundled one; may be given several times.",
+    )
     by_name = {f.name for f in fields(config_class) if f.type is MethodConfig}
     parser.add_class_arguments(config_class, as_group=False, skip=by_name)
     for action in parser._actions:  # --dry_run alone is --dry_run true, and so for every other switch
