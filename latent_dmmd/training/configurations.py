@@ -17,7 +17,7 @@ def bundled_configurations() -> dict[str, Path]:
 
 
 def with_bundled(args: list[str]) -> list[str]:
-    """A command line with files for the bundled configurations behind `--config`. Raises ConfigError for other names."""
+    """A command line with files for the names of bundled configurations. Raises ConfigError for other names."""
     found, is_value = [], False
     for word in args:
         option, has_value, value = word.partition("=")
