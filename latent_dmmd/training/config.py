@@ -278,7 +278,8 @@ def parse_config(config_class: type[ConfigClass], args: list[str] | None = None)
     """
     args = with_bundled(sys.argv[1:] if args is None else args)
     # no abbreviations: --training.num_step would quietly be taken for num_steps
-    parser = ArgumentParser(description=config_class.__doc__.split("\n")[0], exit_on_error=False, allow_abbrev=False)
+    usage, description = "%(prog)s [--config FILE] [--KEY VALUE …]", config_class.__doc__.split("\n")[0]
+    parser = ArgumentParser(usage=usage, description=description, exit_on_error=False, allow_abbrev=False)
     parser.add_argument(
         "--config",
         action="config",

@@ -1,4 +1,5 @@
 import re
+import sys
 from dataclasses import fields, is_dataclass
 
 import pytest
@@ -240,6 +241,29 @@ def test_the_home_folder_is_expanded(write, tmp_path, monkeypatch):
 def test_unknown_methods_are_named():
     text = message(["--objective.name", "flow-machting"])
     assert "did you mean flow-matching?" in text and all(name in text for name in METHODS)
+
+
+def test_help_begins_with_one_line_of_usage_and_groups_keys(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_latent.py"])
+    with pytest.raises(SystemExit) as stop:
+        parse_config(Config, ["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert text.splitlines()[:3] == [
+        "usage: train_latent.py [--config FILE] [--KEY VALUE …]",
+        "",
+        "Train latent DMMD and write a run folder.",
+    ]
+    assert text.index("\nThe images:") < text.index("--data.resolution") < text.index("\nThe loop:")
+
+
+def test_a_switch_needs_no_value():
+    """`--dry_run` alone, as of any command; with a value as in files."""
+    config = parse_config(Config, ["--dry_run", "--data.horizontal_flip", "--output_dir", "x"])
+    assert config.dry_run and config.data.horizontal_flip and config.output_dir == "x"
+    assert parse_config(Config, ["--dry_run", "false"]).dry_run is False
+    assert parse_config(Config, ["--config", "dry_run: true"]).dry_run is True
+    assert "dry_run" in message(["--dry_run", "maybe"])
 
 
 def test_every_key_is_documented():
