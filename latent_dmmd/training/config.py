@@ -5,6 +5,7 @@ Defaults live in these dataclasses, in those of the methods and in `pipeline.Sam
 """
 
 import difflib
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,11 @@ from latent_dmmd.training.configurations import with_bundled
 from latent_dmmd.utils.errors import ConfigError, check
 from latent_dmmd.utils.files import expand_home, write_aside
 from latent_dmmd.utils.process import check_precision
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Raise ConfigError unless it is a seed for all generators of random numbers."""
+    check(0 <= seed < 2**32, f"{name} must not be negative, and be below 2**32; got {seed}")
 
 
 @dataclass
@@ -125,10 +131,22 @@ class TrainingConfig:
         for name in (*positive, "checkpoints_total_limit", "log_every"):
             check(getattr(self, name) > 0, f"training.{name} must be positive; got {getattr(self, name)}")
         check(self.pairs_per_level > 1, f"training.pairs_per_level must be at least 2; got {self.pairs_per_level}")
-        for name in ("num_warmup_steps", "seed"):
-            check(getattr(self, name) >= 0, f"training.{name} must not be negative; got {getattr(self, name)}")
+        warmup = self.num_warmup_steps
+        check(warmup >= 0, f"training.num_warmup_steps must not be negative; got {warmup}")
         check(0 <= self.ema_decay < 1, f"training.ema_decay must be in [0, 1); got {self.ema_decay}")
+        check(math.isfinite(self.learning_rate), f"training.learning_rate must be finite; got {self.learning_rate}")
+        check_seed("training.seed", self.seed)
         check_precision("training.mixed_precision", self.mixed_precision)
+
+    def notes(self) -> list[str]:
+        """What is legal and perhaps not meant, one line each."""
+        steps, notes = self.num_steps, []
+        if steps < self.num_warmup_steps:
+            rate = f"the learning rate never reaches {self.learning_rate:g}"
+            notes.append(f"training.num_warmup_steps={self.num_warmup_steps} exceeds num_steps={steps}: {rate}")
+        if steps < self.log_every:
+            notes.append(f"training.log_every={self.log_every} exceeds num_steps={steps}: metrics.jsonl gets one line")
+        return notes
 
 
 @dataclass
@@ -149,6 +167,7 @@ class SamplingConfig(SamplingDefaults):
     def __post_init__(self) -> None:
         for name in ("num_images", "num_noise_levels", "steps_per_level"):
             check(getattr(self, name) > 0, f"sampling.{name} must be positive; got {getattr(self, name)}")
+        check_seed("sampling.seed", self.seed)
 
 
 @dataclass
@@ -186,6 +205,12 @@ class Config:
             f"data.class_conditional needs objective.name {' or '.join(with_classes)}; got {method.name}",
         )
         method.check_sampling(self.sampling)
+        images, output = Path(self.data.name_or_path).resolve(), Path(self.output_dir).resolve()
+        check(
+            not images.is_dir() or images not in (output, *output.parents),
+            f"output_dir {self.output_dir} lies in data.name_or_path {self.data.name_or_path}: the images of the run "
+            "would become data; choose another --output_dir",
+        )
 
     @property
     def method(self) -> Method:

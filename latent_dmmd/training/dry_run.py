@@ -84,6 +84,8 @@ def dry_run(config: Config, accelerator: Accelerator) -> Path:
         plan["would"] = f"resume from {resume_from}, at step {done} of {options.num_steps}"
     else:
         plan["would"] = f"make pipeline and images again from {resume_from}: all {done} steps are done"
+    if options.notes():
+        plan["note"] = "; ".join(options.notes())
     accelerator.print("dry run: nothing is written")
     accelerator.print("\n".join(f"{name + ':':17}{value}" for name, value in plan.items()))
     return folder

@@ -139,6 +139,8 @@ def train_with(config: Config, accelerator: Accelerator) -> Path:
     # initialise and validate
     options = config.training
     accelerator.print("mixed precision: {} ({})".format(*precision_and_reason(options.mixed_precision)))
+    for note in options.notes():
+        accelerator.print(f"note: {note}")
     check_run_folder(config, may_differ(options))
     vae, source, _, trainer = set_up(config, accelerator)
     with accelerator.main_process_first():

@@ -1,5 +1,6 @@
 """From which checkpoint a run goes on, and what a refusal says."""
 
+import os
 import shutil
 
 import pytest
@@ -115,3 +116,25 @@ def test_weights_are_offered_only_where_they_fit(arguments, trained, why):
     else:
         extra += ["--feature_net.num_features", "4"]
     assert "init_from" not in refusal([*arguments, *extra])
+
+
+@pytest.mark.parametrize("where", ["file", "file/run", "file/run/again"])
+def test_an_output_that_is_a_file_or_below_one(arguments, tmp_path, where):
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises((ConfigError, OSError)) as caught:
+        train(parse_config(Config, [*arguments, "--output_dir", str(tmp_path / where)]))
+    text = str(caught.value)
+    assert f"{tmp_path / 'file'} is a file" in text and "another" in text and "\n" not in text
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_output_without_permission(arguments, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(OSError, match="cannot write .*no permission at .*locked; pass another output_dir"):
+        train(parse_config(Config, [*arguments, "--output_dir", str(tmp_path / "locked" / "run")]))
+
+
+def test_a_run_says_what_is_unusual(arguments, tmp_path, capsys):
+    train(parse_config(Config, [*arguments, "--training.num_steps", "1"]))
+    assert "note: training.num_warmup_steps=50 exceeds num_steps=1" in capsys.readouterr().out

@@ -129,6 +129,8 @@ def test_wrong_type(write, key, value):
         ("training.checkpoints_total_limit", "0"),
         ("training.log_every", "0"),
         ("training.seed", "-1"),
+        ("training.seed", "4294967296"),
+        ("training.learning_rate", ".inf"),
         ("data.resolution", "0"),
         ("data.num_workers", "-1"),
         ("autoencoder.batch_size", "0"),
@@ -146,6 +148,8 @@ def test_wrong_type(write, key, value):
         ("objective.gradient_weight", "-1.0"),
         ("objective.feature_weight", "-1.0"),
         ("sampling.num_images", "0"),
+        ("sampling.seed", "-1"),
+        ("sampling.seed", "1180591620717411303424"),
         ("sampling.steps_per_level", "0"),
         ("sampling.num_noise_levels", "0"),
         ("sampling.num_noise_levels", "26"),
@@ -241,6 +245,25 @@ def test_the_home_folder_is_expanded(write, tmp_path, monkeypatch):
 def test_unknown_methods_are_named():
     text = message(["--objective.name", "flow-machting"])
     assert "did you mean flow-matching?" in text and all(name in text for name in METHODS)
+
+
+@pytest.mark.parametrize("where", ["", "runs/new", "../images/x"])
+def test_a_run_does_not_lie_among_its_data(tmp_path, where):
+    """Its samples would be read as images by the next one."""
+    (tmp_path / "images").mkdir()
+    data = ["--data.name_or_path", str(tmp_path / "images")]
+    assert "would become data" in message([*data, "--output_dir", str(tmp_path / "images" / where)])
+    parse_config(Config, [*data, "--output_dir", str(tmp_path / "images-runs")])
+    parse_config(Config, [*data, "--output_dir", str(tmp_path)])
+
+
+def test_notes_on_what_is_legal_and_unusual():
+    assert Config().training.notes() == []
+    few = parse_config(Config, ["--training.num_steps", "5", "--training.learning_rate", "3e-4"]).training
+    assert few.notes() == [
+        "training.num_warmup_steps=50 exceeds num_steps=5: the learning rate never reaches 0.0003",
+        "training.log_every=10 exceeds num_steps=5: metrics.jsonl gets one line",
+    ]
 
 
 def test_help_begins_with_one_line_of_usage_and_groups_keys(capsys, monkeypatch):
