@@ -146,10 +146,9 @@ def test_fp16_of_the_launcher_is_refused(launchers, hardware, monkeypatch, argum
     assert precision_and_reason("auto") == ("no", f"by {AUTO_PRECISION}")
 
 
-def test_the_precision_is_said_at_the_start(arguments, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+def test_the_precision_is_said_at_the_start(arguments, tmp_path, capsys):
     train(config(arguments, "no", tmp_path / "run"))
-    assert "mixed precision: no (by the configuration, not the launcher's bf16)\n" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith("mixed precision: no (by the configuration)\n")
 
 
 def test_a_forced_precision_reaches_a_script(arguments, tmp_path):
