@@ -122,6 +122,7 @@ def test_images_that_cannot_be_read(plan, tiny_images):
         ["--resume_from_checkpoint", "/nowhere/at/all"],
         ["--feature_net.patch_size", "7"],
         ["--training.seed", "5"],
+        ["--data.horizontal_flip"],
         ["--data.class_conditional", "true"],
         ["--training.init_from", "/nowhere/at/all"],
         ["--objective.name", "one-step", "--objective.teacher", "/nowhere/at/all"],
@@ -132,6 +133,8 @@ def test_what_the_run_refuses_is_refused_by_the_same_line(plain_arguments, argum
     given = plain_arguments if "one-step" in extra else arguments
     if "--training.seed" in extra:
         request.getfixturevalue("trained")
+    if "--data.horizontal_flip" in extra:
+        request.getfixturevalue("trained_once")  # whose cache is of something else
     texts = []
     for dry in ([], [DRY]):
         with pytest.raises(ValueError) as caught:
