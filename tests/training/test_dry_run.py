@@ -118,7 +118,7 @@ def test_images_that_cannot_be_read(plan, tiny_images):
     [
         ["--data.name_or_path", "/nowhere/at/all"],
         ["--autoencoder.name_or_path", "/nowhere/at/all"],
-        ["--data.resolution", "31"],
+        ["--data.resolution", "1"],
         ["--resume_from_checkpoint", "/nowhere/at/all"],
         ["--feature_net.patch_size", "7"],
         ["--training.seed", "5"],
