@@ -176,7 +176,8 @@ class Config:
 
     Args:
         output_dir: The run folder.
-        resume_from_checkpoint: A checkpoint folder, "latest", or null: the latest if the run folder has one.
+        resume_from_checkpoint: A checkpoint folder of any name, "latest", or null: the latest if the run folder has
+            one.
         dry_run: Whether to check everything, time a few steps, say what would happen and write nothing.
         data: The images.
         autoencoder: The frozen autoencoder.
