@@ -1,8 +1,8 @@
 """Run folders and their checkpoints: written aside and renamed, complete or passed over, and free of code.
 
 A checkpoint holds what Accelerate saves (weights as safetensors; optimiser and random states, which PyTorch reads with
-`weights_only`), the averaged weights as safetensors, whose header holds the step, and `complete.json`, the size of every
-file, written last.
+`weights_only`), the averaged weights as safetensors, whose header holds the step, and `complete.json`, the size of
+every file, written last.
 """
 
 import json
