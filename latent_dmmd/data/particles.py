@@ -23,11 +23,12 @@ from tqdm.auto import tqdm
 from latent_dmmd.data.autoencoder import Autoencoder, autoencoder_hash, encode_moments, standardise
 from latent_dmmd.data.sources import ImageSource, OnBadImage
 from latent_dmmd.utils.errors import DataError
-from latent_dmmd.utils.files import write_aside
+from latent_dmmd.utils.files import write_aside, write_json
 from latent_dmmd.utils.images import to_pixels
 from latent_dmmd.utils.process import kept_state
 
 CACHE_FORMAT = 2
+SHARD_SIZE = 512  # images in one file
 SKIP_HINT = "pass --data.on_bad_image skip to leave out images that cannot be read"
 
 
@@ -206,7 +207,7 @@ def cache_latents(
     batch_size: int,
     on_bad_image: OnBadImage = "error",
     num_workers: int = 0,
-    shard_size: int = 512,
+    shard_size: int = SHARD_SIZE,
 ) -> LatentCache:
     """Encode a data set once, or read what was encoded before.
 
@@ -229,7 +230,21 @@ def cache_latents(
         FloatingPointError: If the autoencoder returns a value that is not finite; the message names the image.
         OSError: If the cache cannot be written.
     """
-    manifest = {
+    manifest = cache_manifest(vae, source, horizontal_flip, shard_size)
+    folder = cache_folder(manifest, cache_dir)
+    with kept_state(), PartialState().main_process_first():
+        if not check_manifest(folder, manifest):
+            write_json(folder / "manifest.json", manifest)
+        build_shards(folder, vae, source, horizontal_flip, on_bad_image, batch_size, num_workers, shard_size)
+    cache = read_shards(folder, shard_size)
+    if cache.skipped and on_bad_image == "error":
+        raise DataError(f"the latent cache in {folder} leaves out {cache.skipped[0]}; {SKIP_HINT}")
+    return cache
+
+
+def cache_manifest(vae: Autoencoder, source: ImageSource, horizontal_flip: bool, shard_size: int = SHARD_SIZE) -> dict:
+    """Everything the latents of a cache depend on."""
+    return {
         "format": CACHE_FORMAT,
         "autoencoder": autoencoder_hash(vae),
         "data": source.fingerprint,
@@ -238,26 +253,21 @@ def cache_latents(
         "horizontal_flip": horizontal_flip,
         "shard_size": shard_size,
     }
+
+
+def cache_folder(manifest: dict, cache_dir: str | Path | None) -> Path:
+    """The folder of a cache: the one given, or one named after a hash of the manifest."""
     key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(cache_dir) if cache_dir is not None else default_cache_dir() / key
-    with kept_state(), PartialState().main_process_first():
-        check_manifest(folder, manifest)
-        build_shards(folder, vae, source, horizontal_flip, on_bad_image, batch_size, num_workers, shard_size)
-    cache = read_shards(folder, shard_size)
-    if cache.skipped and on_bad_image == "error":
-        raise DataError(f"the latent cache in {folder} leaves out {cache.skipped[0]}; {SKIP_HINT}")
-    return cache
+    return Path(cache_dir) if cache_dir is not None else default_cache_dir() / key
 
 
-def check_manifest(folder: Path, manifest: dict) -> None:
-    """Raise DataError if the folder holds a cache of something else; write the manifest if it holds none."""
+def check_manifest(folder: Path, manifest: dict) -> bool:
+    """Whether the folder holds a cache, begun or complete. Raises DataError if it is a cache of something else."""
     path = folder / "manifest.json"
     if not path.exists():
         if folder.exists() and any(folder.iterdir()):
             raise DataError(f"{folder} is not empty and holds no latent cache; pass another --data.cache_dir")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_aside(path, lambda aside: aside.write_text(json.dumps(manifest, indent=2)))
-        return
+        return False
     try:
         found = json.loads(path.read_text())
     except ValueError:
@@ -268,6 +278,7 @@ def check_manifest(folder: Path, manifest: dict) -> None:
             f"the latent cache in {folder} was made with another {', '.join(changed)}; "
             "delete it or pass another --data.cache_dir"
         )
+    return True
 
 
 def shard_path(folder: Path, start: int) -> Path:

@@ -42,7 +42,7 @@ from latent_dmmd.metrics.extractors import (
 from latent_dmmd.metrics.scores import memorised_share, score_features
 from latent_dmmd.pipeline import load_pipeline
 from latent_dmmd.training.config import save_config
-from latent_dmmd.training.loop import load_particles
+from latent_dmmd.training.setup import load_particles
 from latent_dmmd.utils.files import write_aside, write_json
 from latent_dmmd.utils.images import to_uint8
 from latent_dmmd.utils.process import default_device

@@ -3,9 +3,7 @@
 import multiprocessing
 import os
 import platform
-import resource
 import signal
-import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -20,9 +18,10 @@ from latent_dmmd.data.particles import LatentCache, Particles, PixelCache
 from latent_dmmd.latent_pipeline import FlowOptions
 from latent_dmmd.pipeline import load_pipeline
 from latent_dmmd.training.config import Config
-from latent_dmmd.training.loop import probe_latents, train
+from latent_dmmd.training.loop import train
+from latent_dmmd.training.setup import probe_latents
 from latent_dmmd.training.trainer import Trainer
-from latent_dmmd.utils.benchmark import measure
+from latent_dmmd.utils.benchmark import measure, peak_memory_mb
 from latent_dmmd.utils.process import default_device, own_accelerator
 
 CALIBRATION_STEPS = 4  # as many as lie between two refreshes of running means
@@ -72,9 +71,7 @@ def end_with_parent(parent: int) -> None:
 def train_and_measure(config: Config) -> float:
     """Train; the peak memory in MB: of the GPU, or of this process."""
     train(config)
-    if default_device().type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform != "darwin" else 2**20)
+    return peak_memory_mb(default_device())
 
 
 def step_costs(configs: dict[str, Config], repeats: int = 5) -> dict[str, dict]:

@@ -1,13 +1,14 @@
 """Run folders and their checkpoints: written aside and renamed, complete or passed over, and free of code.
 
 A checkpoint holds what Accelerate saves (weights as safetensors; optimiser and random states, which PyTorch reads with
-`weights_only`), the averaged weights as safetensors, and `complete.json`, the size of every file, written last.
+`weights_only`), the averaged weights as safetensors, whose header holds the step, and `complete.json`, the size of
+every file, written last.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,19 +18,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from latent_dmmd.training.config import differing_keys
+from latent_dmmd.training.differences import differing_keys
 from latent_dmmd.utils.errors import ConfigError, one_line
 from latent_dmmd.utils.files import put_in_place
 
 MANIFEST, AVERAGES = "complete.json", "averages.safetensors"
 
 
-def prepare_run_folder(config: object, may_differ: tuple[str, ...] = ()) -> Path:
-    """Create the run folder. Raises ConfigError if it holds a run of another configuration, or foreign files.
+def check_run_folder(config: object, may_differ: tuple[str, ...] = ()) -> Path:
+    """The run folder of a configuration, which need not be there; nothing is written.
 
     Args:
         config: With an `output_dir`.
         may_differ: Keys that may have changed since the run was started, besides those that never matter.
+
+    Raises:
+        ConfigError: If it holds a run of another configuration, or foreign files, or is a file.
     """
     folder = Path(config.output_dir)
     saved = folder / "config.yaml"
@@ -42,13 +46,44 @@ def prepare_run_folder(config: object, may_differ: tuple[str, ...] = ()) -> Path
             "data.cache_dir",
             *may_differ,
         )
-        changed = [name for name in differing_keys(config, saved) if not name.startswith(harmless)]
+        changed = {name: how for name, how in differing_keys(config, saved).items() if not name.startswith(harmless)}
         if changed:
-            raise ConfigError(f"{folder} holds a run with another {', '.join(changed)}; choose another --output_dir")
-    elif folder.exists() and any(folder.iterdir()):
+            listed = ", ".join(f"{name} {how}" for name, how in changed.items())
+            raise ConfigError(f"{folder} holds a run of another configuration: {listed}; {way_on(folder, changed)}")
+    elif folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and holds no run; choose another --output_dir")
+    elif folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; choose another --output_dir")
+    return folder
+
+
+def prepare_run_folder(config: object, may_differ: tuple[str, ...] = ()) -> Path:
+    """`check_run_folder`, and make the folder. Raises OSError if it cannot be made."""
+    folder = check_run_folder(config, may_differ)
+    check_writable(folder, "output_dir")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def check_writable(folder: Path, key: str) -> Path:
+    """The nearest folder that is there, itself or above it. Raises OSError, with the key, if it cannot be written."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"cannot write {folder}: {there} is a file; pass another {key}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        read_only = os.statvfs(there).f_flag & os.ST_RDONLY if hasattr(os, "statvfs") else False
+        why = "Read-only file system" if read_only else "no permission"
+        raise PermissionError(f"cannot write {folder}: {why} at {there}; pass another {key}")
+    return there
+
+
+def way_on(folder: Path, changed: Iterable[str]) -> str:
+    """What to do about a run folder of another configuration; its weights are offered where they fit."""
+    weights, another = folder / "pipeline", "choose another --output_dir"
+    network = ("feature_net.", "autoencoder.name_or_path", "data.resolution", "objective.name")
+    if not (weights / "model_index.json").exists() or any(name.startswith(network) for name in changed):
+        return another
+    return f"{another}, and --training.init_from {weights} to start from these weights"
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -61,13 +96,29 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def step_of(checkpoint: Path) -> int | None:
-    """The step in a checkpoint's name; None if there is none."""
+    """The step in a checkpoint's name; None if there is none. `steps_done` reads it from the checkpoint."""
     step = checkpoint.name.removeprefix("checkpoint-")
     return int(step) if step.isdigit() else None
 
 
+def steps_done(checkpoint: Path) -> int:
+    """Steps after which a checkpoint was written, whatever its name: each of them updated the averages once.
+
+    Raises ConfigError if it cannot be read.
+    """
+    try:
+        with safe_open(checkpoint / AVERAGES, "pt") as file:
+            return int(file.metadata()["num_updates"])
+    except Exception as error:  # safetensors has types of its own
+        raise unreadable(checkpoint, error) from error
+
+
+def unreadable(checkpoint: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"cannot read {checkpoint}: {one_line(error)}; pass an older checkpoint folder")
+
+
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
+    """Complete checkpoints under the names that training gives them, oldest first."""
     found = [p for p in folder.glob("checkpoint-*") if step_of(p) is not None and is_complete(p)]
     return sorted(found, key=step_of)
 
@@ -89,25 +140,29 @@ def checkpoint_to_resume(folder: Path, wanted: str | None, num_steps: int) -> Pa
 
     Args:
         folder: The run folder.
-        wanted: A checkpoint folder; the latest complete one of the run folder if "latest" or None.
+        wanted: A checkpoint folder, also by its name in the run folder; the latest complete one if "latest" or None.
         num_steps: Steps of the run.
 
     Raises:
-        ConfigError: If the one asked for is not there or not complete, or the latest has more steps than the run.
+        ConfigError: If the one asked for is not there or not complete, or has more steps than the run.
     """
-    if wanted not in (None, "latest"):
-        if not Path(wanted).is_dir():
+    if wanted in (None, "latest"):
+        checkpoint = next(reversed(checkpoints_in(folder)), None)
+        if checkpoint is None:
+            return None
+    else:
+        checkpoint = next((p for p in (Path(wanted), folder / wanted) if p.is_dir()), None)
+        if checkpoint is None:
             raise ConfigError(f"no checkpoint {wanted}; pass a checkpoint folder or 'latest'")
-        if not is_complete(Path(wanted)):
-            raise ConfigError(f"{wanted} is not complete; pass another checkpoint folder or 'latest'")
-        return Path(wanted)
-    latest = next(reversed(checkpoints_in(folder)), None)
-    if latest is not None and step_of(latest) > num_steps:
+        if not is_complete(checkpoint):
+            raise ConfigError(f"{checkpoint} is no checkpoint, or not complete; pass a checkpoint folder or 'latest'")
+    done = steps_done(checkpoint)
+    if done > num_steps:
         raise ConfigError(
-            f"{folder} has already been trained longer, see {latest.name}; raise training.num_steps or choose another "
-            "--output_dir"
+            f"{checkpoint} has been trained longer, for {done} steps; raise training.num_steps={num_steps} or choose "
+            "another --output_dir"
         )
-    return latest
+    return checkpoint
 
 
 @contextmanager
@@ -180,11 +235,10 @@ def load_checkpoint(accelerator: Accelerator, network: nn.Module, ema: EMAModel,
         averages = load_file(checkpoint / AVERAGES)
         for (name, _), average in zip(network.named_parameters(), ema.shadow_params):
             average.copy_(averages[name])
-        with safe_open(checkpoint / AVERAGES, "pt") as file:
-            ema.optimization_step = int(file.metadata()["num_updates"])
-        return step_of(checkpoint)
     except Exception as error:  # damaged files trip torch, pickle and safetensors over many types
-        raise ConfigError(f"cannot read {checkpoint}: {one_line(error)}; pass an older checkpoint folder") from error
+        raise unreadable(checkpoint, error) from error
+    ema.optimization_step = steps_done(checkpoint)
+    return ema.optimization_step
 
 
 def discard(checkpoint: Path) -> None:

@@ -5,6 +5,7 @@ Defaults live in these dataclasses, in those of the methods and in `pipeline.Sam
 """
 
 import difflib
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -20,8 +21,15 @@ from latent_dmmd.data.sources import OnBadImage
 from latent_dmmd.methods.base import METHODS, Method, MethodConfig, NetConfig, build_method, method_class
 from latent_dmmd.methods.witness_matching import WitnessMatchingConfig
 from latent_dmmd.pipeline import SamplingDefaults
+from latent_dmmd.training.configurations import with_bundled
 from latent_dmmd.utils.errors import ConfigError, check
 from latent_dmmd.utils.files import expand_home, write_aside
+from latent_dmmd.utils.process import check_precision
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Raise ConfigError unless it is a seed for all generators of random numbers."""
+    check(0 <= seed < 2**32, f"{name} must not be negative, and be below 2**32; got {seed}")
 
 
 @dataclass
@@ -91,8 +99,8 @@ class TrainingConfig:
         num_warmup_steps: Steps of linear warm-up.
         max_grad_norm: Gradient norm above which gradients are scaled down.
         ema_decay: Decay of the averaged weights; shorter early on.
-        mixed_precision: "no" (in quotes in YAML, where a bare no is false), "bf16", or "auto": bf16 where the hardware
-            computes in it, "no" elsewhere.
+        mixed_precision: "no" (in quotes in YAML, where a bare no is false), "bf16", or "auto": bf16 if `accelerate
+            launch` was asked for it or the hardware computes in it, "no" elsewhere.
         checkpointing_steps: Steps between checkpoints; there is one at the end as well.
         checkpoints_total_limit: Checkpoints kept.
         log_every: Steps between two lines of metrics.jsonl.
@@ -123,13 +131,22 @@ class TrainingConfig:
         for name in (*positive, "checkpoints_total_limit", "log_every"):
             check(getattr(self, name) > 0, f"training.{name} must be positive; got {getattr(self, name)}")
         check(self.pairs_per_level > 1, f"training.pairs_per_level must be at least 2; got {self.pairs_per_level}")
-        for name in ("num_warmup_steps", "seed"):
-            check(getattr(self, name) >= 0, f"training.{name} must not be negative; got {getattr(self, name)}")
+        warmup = self.num_warmup_steps
+        check(warmup >= 0, f"training.num_warmup_steps must not be negative; got {warmup}")
         check(0 <= self.ema_decay < 1, f"training.ema_decay must be in [0, 1); got {self.ema_decay}")
-        check(
-            self.mixed_precision != "fp16",
-            "training.mixed_precision=fp16 overflows in the second derivative of the gradient penalty; use bf16 or no",
-        )
+        check(math.isfinite(self.learning_rate), f"training.learning_rate must be finite; got {self.learning_rate}")
+        check_seed("training.seed", self.seed)
+        check_precision("training.mixed_precision", self.mixed_precision)
+
+    def notes(self) -> list[str]:
+        """What is legal and perhaps not meant, one line each."""
+        steps, notes = self.num_steps, []
+        if steps < self.num_warmup_steps:
+            rate = f"the learning rate never reaches {self.learning_rate:g}"
+            notes.append(f"training.num_warmup_steps={self.num_warmup_steps} exceeds num_steps={steps}: {rate}")
+        if steps < self.log_every:
+            notes.append(f"training.log_every={self.log_every} exceeds num_steps={steps}: metrics.jsonl gets one line")
+        return notes
 
 
 @dataclass
@@ -150,6 +167,7 @@ class SamplingConfig(SamplingDefaults):
     def __post_init__(self) -> None:
         for name in ("num_images", "num_noise_levels", "steps_per_level"):
             check(getattr(self, name) > 0, f"sampling.{name} must be positive; got {getattr(self, name)}")
+        check_seed("sampling.seed", self.seed)
 
 
 @dataclass
@@ -158,7 +176,9 @@ class Config:
 
     Args:
         output_dir: The run folder.
-        resume_from_checkpoint: A checkpoint folder, "latest", or null: the latest if the run folder has one.
+        resume_from_checkpoint: A checkpoint folder of any name, "latest", or null: the latest if the run folder has
+            one.
+        dry_run: Whether to check everything, time a few steps, say what would happen and write nothing.
         data: The images.
         autoencoder: The frozen autoencoder.
         feature_net: The network.
@@ -169,6 +189,7 @@ class Config:
 
     output_dir: str = "runs/elpv256-latent"
     resume_from_checkpoint: str | None = None
+    dry_run: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     feature_net: NetConfig = field(default_factory=NetConfig)
@@ -185,6 +206,12 @@ class Config:
             f"data.class_conditional needs objective.name {' or '.join(with_classes)}; got {method.name}",
         )
         method.check_sampling(self.sampling)
+        images, output = Path(self.data.name_or_path).resolve(), Path(self.output_dir).resolve()
+        check(
+            not images.is_dir() or images not in (output, *output.parents),
+            f"output_dir {self.output_dir} lies in data.name_or_path {self.data.name_or_path}: the images of the run "
+            "would become data; choose another --output_dir",
+        )
 
     @property
     def method(self) -> Method:
@@ -251,10 +278,10 @@ def documents(args: list[str]) -> Iterator[dict]:
             yield document if key == "--config" else {"objective": document}
 
 
-def chosen_method(args: list[str] | None) -> type[Method]:
+def chosen_method(args: list[str]) -> type[Method]:
     """The method that the command line and its files name last. Raises ConfigError if there is none of that name."""
     name = WitnessMatchingConfig.name
-    for document in documents(sys.argv[1:] if args is None else args):
+    for document in documents(args):
         objective = document.get("objective")
         if isinstance(objective, dict) and "name" in objective:
             name = objective["name"]
@@ -263,6 +290,8 @@ def chosen_method(args: list[str] | None) -> type[Method]:
 
 def parse_config(config_class: type[ConfigClass], args: list[str] | None = None) -> ConfigClass:
     """A configuration from `--config FILE.yaml` (repeatable, later ones win) and `--key value` overrides.
+
+    A bundled configuration is given by its name, as in `--config elpv256_classes`; a local file of that name wins.
 
     A key of type `MethodConfig` takes the keys of the method that its `name` chooses, and no others.
 
@@ -273,11 +302,20 @@ def parse_config(config_class: type[ConfigClass], args: list[str] | None = None)
     Raises:
         ConfigError: If a key does not exist, or a value is of the wrong type or out of range.
     """
+    args = with_bundled(sys.argv[1:] if args is None else args)
     # no abbreviations: --training.num_step would quietly be taken for num_steps
-    parser = ArgumentParser(description=config_class.__doc__.split("\n")[0], exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action="config", help="YAML file of settings; may be given several times.")
+    usage, description = "%(prog)s [--config FILE] [--KEY VALUE …]", config_class.__doc__.split("\n")[0]
+    parser = ArgumentParser(usage=usage, description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file of settings, or the name of a bundled one; may be given several times.",
+    )
     by_name = {f.name for f in fields(config_class) if f.type is MethodConfig}
     parser.add_class_arguments(config_class, as_group=False, skip=by_name)
+    for action in parser._actions:  # --dry_run alone is --dry_run true, and so for every other switch
+        if getattr(action, "_typehint", None) is bool:
+            action.nargs, action.const = "?", True
     method = None
     if by_name:
         method = chosen_method(args)
@@ -306,24 +344,3 @@ def save_config(config: object, path: Path) -> None:
     """Write the resolved configuration. Raises OSError if it cannot be written."""
     text = yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True)
     write_aside(path, lambda aside: aside.write_text(text))
-
-
-def differing_keys(config: object, path: Path) -> list[str]:
-    """Dotted keys in which a saved configuration differs, but for `resume_from_checkpoint` and `output_dir`.
-
-    Keys of other methods, which 0.1 saved with every run, do not count.
-    """
-
-    def flatten(values: dict, prefix: str = "") -> dict:
-        flat = {}
-        for name, value in values.items():
-            flat.update(flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
-        return flat
-
-    saved, current = flatten(yaml.safe_load(path.read_text()) or {}), flatten(as_dict(config))
-    ignored = ("resume_from_checkpoint", "output_dir")
-    names = [n for n in {**saved, **current} if n not in ignored]
-    names = [n for n in names if n in current or not n.startswith("objective.")]
-    names = [n for n in names if saved.get(n) != current.get(n)]
-    method = "objective.name"
-    return [n for n in names if n == method or method not in names or not n.startswith("objective.")]

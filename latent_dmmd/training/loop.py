@@ -7,19 +7,16 @@ run draws what an uninterrupted one would have drawn.
 
 import signal
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers.utils import is_tensorboard_available, is_wandb_available
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from latent_dmmd.data.autoencoder import Autoencoder, encode_moments, load_autoencoder
-from latent_dmmd.data.particles import LatentCache, Particles, PixelCache, cache_latents, cache_pixels
-from latent_dmmd.data.sources import ImageSource, load_images
+from latent_dmmd.data.autoencoder import Autoencoder
+from latent_dmmd.data.particles import Particles
 from latent_dmmd.training.checkpoints import (
+    check_run_folder,
     checkpoint_to_resume,
     load_checkpoint,
     pass_over_incomplete,
@@ -28,18 +25,12 @@ from latent_dmmd.training.checkpoints import (
     writing,
 )
 from latent_dmmd.training.config import Config, save_config
+from latent_dmmd.training.dry_run import dry_run
 from latent_dmmd.training.metrics_file import MetricsFile, plot_losses
 from latent_dmmd.training.publishing import log_samples, sample_grid, save_pipeline
+from latent_dmmd.training.setup import check_tracker, load_particles, may_differ, set_up
 from latent_dmmd.training.trainer import Trainer
-from latent_dmmd.utils.errors import ConfigError, DataError
-from latent_dmmd.utils.process import own_accelerator
-
-
-def check_tracker(name: str | None) -> None:
-    """Raise ConfigError if a tracker is asked for and not installed; Accelerate would drop it in silence."""
-    available = {None: True, "tensorboard": is_tensorboard_available(), "wandb": is_wandb_available()}
-    if not available[name]:
-        raise ConfigError(f"training.log_with={name} is not installed: pip install {name}")
+from latent_dmmd.utils.process import own_accelerator, precision_and_reason
 
 
 class StopRequest:
@@ -122,7 +113,7 @@ def run_steps(
 
 
 def train(config: Config) -> Path:
-    """Train φ and write the run folder.
+    """Train φ and write the run folder; with `dry_run`, say what would happen and write nothing.
 
     Args:
         config: What to do.
@@ -140,26 +131,20 @@ def train(config: Config) -> Path:
     check_tracker(config.training.log_with)
     options = dict(log_with=config.training.log_with, project_dir=config.output_dir)
     with own_accelerator(config.training.mixed_precision, **options) as accelerator:
-        return train_with(config, accelerator)
+        return dry_run(config, accelerator) if config.dry_run else train_with(config, accelerator)
 
 
 def train_with(config: Config, accelerator: Accelerator) -> Path:
     """`train` on the devices, ranks and precision of an Accelerator."""
     # initialise and validate
-    options, device = config.training, accelerator.device
-    name = config.autoencoder.name_or_path
-    vae = load_autoencoder(name, device) if name else None
-    source = load_images(
-        config.data.name_or_path, config.data.resolution, config.data.image_column, config.data.streaming
-    )
-    resolution = config.data.resolution
-    shape = tuple(probe_latents(vae, resolution).shape[1:]) if vae else (3, resolution, resolution)
-    class_names = source.labels()[0] if config.data.class_conditional else ()
-    trainer = Trainer(config, shape, accelerator, tuple(class_names))
+    options = config.training
+    accelerator.print("mixed precision: {} ({})".format(*precision_and_reason(options.mixed_precision)))
+    for note in options.notes():
+        accelerator.print(f"note: {note}")
+    check_run_folder(config, may_differ(options))
+    vae, source, _, trainer = set_up(config, accelerator)
     with accelerator.main_process_first():
-        # at a constant learning rate nothing that was trained depends on the number of steps
-        constant = options.learning_rate_schedule == "constant"
-        folder = prepare_run_folder(config, ("training.num_steps",) if constant else ())
+        folder = prepare_run_folder(config, may_differ(options))
         pass_over_incomplete(accelerator, folder)
     resume_from = checkpoint_to_resume(folder, config.resume_from_checkpoint, options.num_steps)
 
@@ -176,7 +161,9 @@ def train_with(config: Config, accelerator: Accelerator) -> Path:
     first_step = 0
     if resume_from is not None:
         first_step = load_checkpoint(accelerator, trainer.network, trainer.ema, resume_from)
-        accelerator.print(f"resuming from {resume_from}")
+        accelerator.print(f"resuming from {resume_from}, at step {first_step}")
+    elif config.resume_from_checkpoint == "latest":
+        accelerator.print(f"no checkpoint in {folder} yet: starting at step 0")
     if options.log_with:
         accelerator.init_trackers("latent_dmmd")
 
@@ -194,42 +181,7 @@ def train_with(config: Config, accelerator: Accelerator) -> Path:
             samples.save(folder / "samples.png")
         with writing(folder / "losses.png", folder):
             plot_losses(folder / "metrics.jsonl", folder / "losses.png")
+        print(f"\nimages:   {folder / 'samples.png'}   pipeline: {folder / 'pipeline'}")
+        print(f"next:     latent-dmmd sample --pipeline {folder / 'pipeline'} --num_images 64 --output_dir samples")
     accelerator.end_training()
     return folder
-
-
-def load_particles(vae: Autoencoder | None, source: ImageSource, config: Config) -> LatentCache | PixelCache:
-    """The data as particles: encoded images, or pixels without an autoencoder; with their classes if asked for.
-
-    Raises DataError if there are no classes, or all images of one could not be read.
-    """
-    options = config.data
-    if vae is None:
-        cache = cache_pixels(source, options.horizontal_flip, options.on_bad_image)
-    else:
-        cache = cache_latents(
-            vae,
-            source,
-            options.cache_dir,
-            horizontal_flip=options.horizontal_flip,
-            on_bad_image=options.on_bad_image,
-            batch_size=config.autoencoder.batch_size,
-            num_workers=options.num_workers,
-        )
-    if not options.class_conditional:
-        return cache
-    names, labels = source.labels(cache.skipped)
-    missing = set(source.labels()[0]) - set(names)
-    if missing:
-        raise DataError(f"no image of class {', '.join(sorted(missing))} could be read")
-    return replace(cache, labels=labels)
-
-
-@torch.no_grad()
-def probe_latents(vae: Autoencoder, resolution: int) -> Tensor:
-    """Latents of a grey image, for their shape. Raises ConfigError if the resolution does not fit the autoencoder."""
-    pixels = torch.zeros(1, 3, resolution, resolution, device=next(vae.parameters()).device)
-    try:
-        return encode_moments(vae, pixels)[0]
-    except (RuntimeError, ValueError) as error:
-        raise ConfigError(f"data.resolution={resolution} does not fit the autoencoder: {error}") from error

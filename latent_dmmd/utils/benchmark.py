@@ -11,6 +11,7 @@ import math
 import os
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,6 +55,17 @@ class PeakMemory:
     @staticmethod
     def resident(field: str) -> int:
         return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def peak_memory_mb(device: torch.device) -> float | None:
+    """Peak memory in MB: of the GPU, or of this process; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform != "darwin" else 2**20)
 
 
 def measure(tasks: dict[str, Callable[[], object]], device: torch.device, repeats: int = 5) -> dict[str, Cost]:

@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType, parse_flag_from_env
 from latent_dmmd.utils.errors import ConfigError, check
 
 AUTO_PRECISION = "LATENT_DMMD_AUTO_PRECISION"  # environment variable: what "auto" stands for
+LAUNCHER_PRECISION = "ACCELERATE_MIXED_PRECISION"  # what `accelerate launch` was told; "no" if nothing
 
 
 def default_device() -> torch.device:
@@ -25,25 +26,50 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
-def resolved_precision(mixed_precision: str) -> str:
-    """What a precision stands for on this machine.
+def check_precision(name: str, precision: str) -> None:
+    """Raise ConfigError for a precision that second derivatives do not survive; `name` is the key it comes from."""
+    check(
+        precision not in ("fp16", "fp8"),
+        f"{name}={precision} overflows in the second derivative of the gradient penalty; use bf16 or no",
+    )
+
+
+def precision_and_reason(mixed_precision: str) -> tuple[str, str]:
+    """What a precision stands for in this process, "no" or "bf16", and why.
+
+    "auto" is, in this order: what the environment variable `LATENT_DMMD_AUTO_PRECISION` says; what `accelerate launch`
+    was asked for; bf16 where the hardware computes in it; "no" where bf16 is emulated and therefore slower. The
+    launcher's "no" is no choice, since it is also what the launcher says when it was asked for nothing.
 
     Args:
-        mixed_precision: "no", "bf16", or "auto": bf16 where the hardware computes in it, "no" where it is emulated and
-            therefore slower. The environment variable `LATENT_DMMD_AUTO_PRECISION` overrides "auto".
+        mixed_precision: "no", "bf16", or "auto".
 
     Raises:
-        ConfigError: If that variable is neither "no" nor "bf16".
+        ConfigError: If that variable is neither "no" nor "bf16", or the launcher was asked for fp16 or fp8.
     """
+    launcher = os.environ.get(LAUNCHER_PRECISION, "").lower()
     if mixed_precision != "auto":
-        return mixed_precision
+        overruled = launcher not in ("", "no", mixed_precision)
+        return mixed_precision, "by the configuration" + f", not the launcher's {launcher}" * overruled
     forced = os.environ.get(AUTO_PRECISION)
     if forced:
         check(forced in ("no", "bf16"), f"{AUTO_PRECISION} must be no or bf16; got {forced!r}")
-        return forced
+        return forced, f"by {AUTO_PRECISION}"
+    check_precision("the launcher's mixed_precision", launcher)
+    if launcher == "bf16":
+        return launcher, "by the launcher"
     if default_device().type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        supported = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if not supported:
+        return "no", "the hardware does not compute in bf16"
+    return "bf16", "the hardware computes in it" + "; training.mixed_precision no turns it off" * (launcher == "no")
+
+
+def resolved_precision(mixed_precision: str) -> str:
+    """What a precision stands for in this process, as of `precision_and_reason`."""
+    return precision_and_reason(mixed_precision)[0]
 
 
 @contextmanager
@@ -99,7 +125,7 @@ def own_accelerator(mixed_precision: str = "auto", **options: object) -> Iterato
 
 def use_all_cores() -> None:
     """Undo the one thread that `accelerate launch` gives a single process on a machine without accelerator."""
-    if os.environ.get("OMP_NUM_THREADS") == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+    if os.environ.get("OMP_NUM_THREADS") == "1" and LAUNCHER_PRECISION in os.environ:
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
 
 

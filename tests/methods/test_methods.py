@@ -107,7 +107,7 @@ def test_a_method_from_outside_trains_and_samples(toy_method, plain_arguments):
     assert pipe.config.num_inference_steps == 1  # of a method in one step
     images = pipe(3, generator=torch.Generator().manual_seed(0), output_type="pt").images
     assert images.shape == (3, 3, 32, 32) and images.isfinite().all()
-    with pytest.raises(ConfigError, match="another objective.share"):
+    with pytest.raises(ConfigError, match="another configuration: objective.share 0.25"):
         train(parse_config(Config, [*plain_arguments, *extra[:2], "--objective.share", "0.25"]))
 
 

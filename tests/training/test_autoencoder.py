@@ -63,5 +63,5 @@ def test_refuses_what_cannot_be(images_uint8, tmp_path):
     with pytest.raises(ConfigError, match="multiple of 16"):
         config(tmp_path, crop_size=40)
     train_autoencoder(images_uint8, config(tmp_path / "run"))
-    with pytest.raises(ConfigError, match="another learning_rate"):
+    with pytest.raises(ConfigError, match="learning_rate 0.5 .was 0.001."):
         train_autoencoder(images_uint8, config(tmp_path / "run", learning_rate=0.5))

@@ -1,11 +1,12 @@
 import re
+import sys
 from dataclasses import fields, is_dataclass
 
 import pytest
 import yaml
 
 from latent_dmmd.methods import METHODS
-from latent_dmmd.training.config import Config, as_dict, differing_keys, parse_config, save_config
+from latent_dmmd.training.config import Config, as_dict, parse_config, save_config
 from latent_dmmd.utils.errors import ConfigError
 
 
@@ -128,6 +129,8 @@ def test_wrong_type(write, key, value):
         ("training.checkpoints_total_limit", "0"),
         ("training.log_every", "0"),
         ("training.seed", "-1"),
+        ("training.seed", "4294967296"),
+        ("training.learning_rate", ".inf"),
         ("data.resolution", "0"),
         ("data.num_workers", "-1"),
         ("autoencoder.batch_size", "0"),
@@ -145,6 +148,8 @@ def test_wrong_type(write, key, value):
         ("objective.gradient_weight", "-1.0"),
         ("objective.feature_weight", "-1.0"),
         ("sampling.num_images", "0"),
+        ("sampling.seed", "-1"),
+        ("sampling.seed", "1180591620717411303424"),
         ("sampling.steps_per_level", "0"),
         ("sampling.num_noise_levels", "0"),
         ("sampling.num_noise_levels", "26"),
@@ -242,22 +247,46 @@ def test_unknown_methods_are_named():
     assert "did you mean flow-matching?" in text and all(name in text for name in METHODS)
 
 
-def test_keys_of_other_methods_do_not_count(tmp_path):
-    """A run folder of 0.1 holds the keys of all methods."""
-    path, saved = tmp_path / "config.yaml", as_dict(Config())
-    saved["objective"] |= {"gradient_weight": 1.0, "teacher": None, "witness_weight": 0.0}
-    path.write_text(yaml.safe_dump(saved))
-    assert differing_keys(Config(), path) == []
+@pytest.mark.parametrize("where", ["", "runs/new", "../images/x"])
+def test_a_run_does_not_lie_among_its_data(tmp_path, where):
+    """Its samples would be read as images by the next one."""
+    (tmp_path / "images").mkdir()
+    data = ["--data.name_or_path", str(tmp_path / "images")]
+    assert "would become data" in message([*data, "--output_dir", str(tmp_path / "images" / where)])
+    parse_config(Config, [*data, "--output_dir", str(tmp_path / "images-runs")])
+    parse_config(Config, [*data, "--output_dir", str(tmp_path)])
 
 
-def test_differing_keys(tmp_path):
-    path = tmp_path / "config.yaml"
-    save_config(Config(), path)
-    assert differing_keys(Config(), path) == []
-    args = "--training.num_steps 9 --objective.name dmmd --output_dir elsewhere --resume_from_checkpoint latest".split()
-    assert differing_keys(parse_config(Config, args), path) == ["objective.name", "training.num_steps"]
-    path.write_text("training:\n  num_epochs: 3\n")
-    assert "training.num_epochs" in differing_keys(Config(), path)
+def test_notes_on_what_is_legal_and_unusual():
+    assert Config().training.notes() == []
+    few = parse_config(Config, ["--training.num_steps", "5", "--training.learning_rate", "3e-4"]).training
+    assert few.notes() == [
+        "training.num_warmup_steps=50 exceeds num_steps=5: the learning rate never reaches 0.0003",
+        "training.log_every=10 exceeds num_steps=5: metrics.jsonl gets one line",
+    ]
+
+
+def test_help_begins_with_one_line_of_usage_and_groups_keys(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_latent.py"])
+    with pytest.raises(SystemExit) as stop:
+        parse_config(Config, ["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert text.splitlines()[:3] == [
+        "usage: train_latent.py [--config FILE] [--KEY VALUE …]",
+        "",
+        "Train latent DMMD and write a run folder.",
+    ]
+    assert text.index("\nThe images:") < text.index("--data.resolution") < text.index("\nThe loop:")
+
+
+def test_a_switch_needs_no_value():
+    """`--dry_run` alone, as of any command; with a value as in files."""
+    config = parse_config(Config, ["--dry_run", "--data.horizontal_flip", "--output_dir", "x"])
+    assert config.dry_run and config.data.horizontal_flip and config.output_dir == "x"
+    assert parse_config(Config, ["--dry_run", "false"]).dry_run is False
+    assert parse_config(Config, ["--config", "dry_run: true"]).dry_run is True
+    assert "dry_run" in message(["--dry_run", "maybe"])
 
 
 def test_every_key_is_documented():

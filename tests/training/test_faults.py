@@ -241,9 +241,10 @@ def launch(path, *args, **options):
 @pytest.mark.parametrize("objective", ["witness-matching", pytest.param("dmmd", marks=pytest.mark.long)])
 def test_ranks_stay_identical_and_one_of_them_writes(arguments, tmp_path, objective):
     cache = ["--data.cache_dir", str(tmp_path / "cache"), "--objective.name", objective]
-    for child in ranks(RANKS, tmp_path, *arguments, *cache):
-        result = child.wait()
-        assert result.returncode == 0, result.stderr
+    results = [child.wait() for child in ranks(RANKS, tmp_path, *arguments, *cache)]
+    assert [result.returncode for result in results] == [0, 0], results
+    for said in ("mixed precision: ", "images: ", "next: "):
+        assert [result.stdout.count(said) for result in results] == [1, 0], said
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     run = tmp_path / "run"
@@ -407,11 +408,22 @@ def test_tensorboard_shows_terms_and_images(arguments, tmp_path):
 
     folder = train(parse_config(Config, [*arguments, "--training.log_with", "tensorboard"]))
     (path,) = {p.parent for p in folder.rglob("events.out.tfevents.*")}
+    assert path == folder / "latent_dmmd"  # tensorboard --logdir of the run folder finds it
     events = EventAccumulator(str(path))
     events.Reload()
     assert {"matching", "grad_norm", "learning_rate"} <= set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("matching")] == list(range(1, 7))
     assert [event.step for event in events.Images("samples")] == [3, 6]
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_named(arguments, tmp_path, monkeypatch, name):
+    """Accelerate would go on without it."""
+    monkeypatch.setattr(f"latent_dmmd.training.setup.is_{name}_available", lambda: False)
+    with pytest.raises(ConfigError) as caught:
+        train(parse_config(Config, [*arguments, "--training.log_with", name]))
+    assert str(caught.value) == f"training.log_with={name} is not installed: pip install {name}"
+    assert not (tmp_path / "run").exists()
 
 
 def test_sigterm_reaches_every_rank(arguments, tmp_path):

@@ -114,11 +114,11 @@ def test_a_finished_run_goes_on_at_a_constant_learning_rate(arguments, tmp_path)
     whole = [*constant, "--training.num_steps", "9", "--output_dir", str(tmp_path / "whole")]
     for a, b in zip(weights(longer).values(), weights(train(parse_config(Config, whole))).values()):
         assert torch.equal(a, b)
-    with pytest.raises(ConfigError, match="trained longer, see checkpoint-9"):
+    with pytest.raises(ConfigError, match="checkpoint-9 has been trained longer, for 9 steps"):
         train(parse_config(Config, constant))
     cosine = [*arguments, "--output_dir", str(tmp_path / "cosine")]
     train(parse_config(Config, cosine))
-    with pytest.raises(ConfigError, match="another training.num_steps"):
+    with pytest.raises(ConfigError, match=r"another configuration: training.num_steps 9 \(was 6\)"):
         train(parse_config(Config, [*cosine, "--training.num_steps", "9"]))
 
 

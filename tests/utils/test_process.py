@@ -14,7 +14,13 @@ from latent_dmmd.data.sources import load_images
 from latent_dmmd.training.config import Config, parse_config
 from latent_dmmd.training.loop import train
 from latent_dmmd.utils.errors import ConfigError
-from latent_dmmd.utils.process import AUTO_PRECISION, default_device, own_accelerator, resolved_precision
+from latent_dmmd.utils.process import (
+    AUTO_PRECISION,
+    default_device,
+    own_accelerator,
+    precision_and_reason,
+    resolved_precision,
+)
 
 STATES = (AcceleratorState, PartialState, GradientState)
 
@@ -97,6 +103,52 @@ def test_auto_follows_the_processor(monkeypatch):
     for supported, expected in ((True, "bf16"), (False, "no")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda supported=supported: supported)
         assert resolved_precision("auto") == expected
+
+
+@pytest.fixture
+def hardware(monkeypatch):
+    """A CPU that computes in bf16, or does not."""
+    monkeypatch.delenv(AUTO_PRECISION, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return lambda supported: monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
+
+
+@pytest.mark.parametrize(
+    "ours, launchers, supported, expected",
+    [
+        ("auto", None, True, ("bf16", "the hardware computes in it")),
+        ("auto", None, False, ("no", "the hardware does not compute in bf16")),
+        ("auto", "no", True, ("bf16", "the hardware computes in it; training.mixed_precision no turns it off")),
+        ("auto", "bf16", False, ("bf16", "by the launcher")),
+        ("no", "bf16", True, ("no", "by the configuration, not the launcher's bf16")),
+        ("bf16", "fp16", True, ("bf16", "by the configuration, not the launcher's fp16")),
+        ("bf16", "bf16", False, ("bf16", "by the configuration")),
+        ("bf16", "no", False, ("bf16", "by the configuration")),
+    ],
+)
+def test_the_launcher_and_the_configuration(ours, launchers, supported, expected, hardware, monkeypatch):
+    hardware(supported)
+    if launchers:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launchers)
+    assert precision_and_reason(ours) == expected
+
+
+@pytest.mark.parametrize("launchers", ["fp16", "fp8"])
+def test_fp16_of_the_launcher_is_refused(launchers, hardware, monkeypatch, arguments, tmp_path):
+    """By the line that refuses it in the configuration, unless something else was asked for."""
+    hardware(True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launchers)
+    expected = f"the launcher's mixed_precision={launchers} overflows in the second derivative.*use bf16 or no"
+    with pytest.raises(ConfigError, match=expected):
+        train(config(arguments, "auto", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv(AUTO_PRECISION, "no")
+    assert precision_and_reason("auto") == ("no", f"by {AUTO_PRECISION}")
+
+
+def test_the_precision_is_said_at_the_start(arguments, tmp_path, capsys):
+    train(config(arguments, "no", tmp_path / "run"))
+    assert capsys.readouterr().out.startswith("mixed precision: no (by the configuration)\n")
 
 
 def test_a_forced_precision_reaches_a_script(arguments, tmp_path):
