@@ -1,8 +1,9 @@
 """Print every requirement of pyproject.toml at the oldest version that it allows, as constraints for pip."""
 
 import re
-import tomllib
 from pathlib import Path
+
+import tomllib
 
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 for requirement in [*project["dependencies"], *project["optional-dependencies"]["demo"]]:

@@ -55,6 +55,16 @@ COMMANDS = {
         "film --pipeline elpv-dmmd --output_dir film",
     ),
     "demo": Command("Generate", "Open a page to play with trained pipelines.", "demo --server_port 7860"),
+    "info": Command(
+        "Inspect",
+        "Say what a folder is, a run, checkpoint, cache or pipeline, and what to do with it.",
+        "info runs/mine",
+    ),
+    "diagnose": Command(
+        "Inspect",
+        "Compare the particles of a flow with the forward process at every noise level.",
+        "diagnose --pipeline elpv-dmmd --data elpv:train --output_dir diagnosis",
+    ),
     "evaluate": Command(
         "Evaluate",
         "Score generated images against real ones.",
@@ -74,11 +84,6 @@ COMMANDS = {
         "Study",
         "Train, sample and score DMMD and its alternatives alike, and write a page.",
         "compare --config compare_elpv256 --minutes 90",
-    ),
-    "diagnose": Command(
-        "Study",
-        "Compare the particles of a flow with the forward process at every noise level.",
-        "diagnose --pipeline elpv-dmmd --data elpv:train --output_dir diagnosis",
     ),
     "complexity": Command(
         "Study",
