@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from latent_dmmd.data.autoencoder import Autoencoder, encode_moments, load_autoencoder
 from latent_dmmd.data.particles import LatentCache, Particles, PixelCache, cache_latents, cache_pixels
-from latent_dmmd.data.sources import ImageSource, load_images
+from latent_dmmd.data.sources import ImageSource, describe, load_images
 from latent_dmmd.training.checkpoints import (
     checkpoint_to_resume,
     load_checkpoint,
@@ -152,6 +152,7 @@ def train_with(config: Config, accelerator: Accelerator) -> Path:
     source = load_images(
         config.data.name_or_path, config.data.resolution, config.data.image_column, config.data.streaming
     )
+    accelerator.print(describe(source))
     resolution = config.data.resolution
     shape = tuple(probe_latents(vae, resolution).shape[1:]) if vae else (3, resolution, resolution)
     class_names = source.labels()[0] if config.data.class_conditional else ()

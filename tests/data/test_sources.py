@@ -9,7 +9,7 @@ import torch
 from conftest import BLUE, GREEN, RED, WHITE, refusal, solid
 from PIL import Image
 
-from latent_dmmd.data import sources
+from latent_dmmd.data import images, sources
 from latent_dmmd.data.sources import load_images, read_image
 from latent_dmmd.utils.errors import DataError
 
@@ -183,7 +183,7 @@ def test_whatever_a_decoder_raises(tmp_path, monkeypatch, error):
         raise error
 
     solid("RGB", RED).save(tmp_path / "a.png")
-    monkeypatch.setattr(sources.ImageOps, "exif_transpose", decode)
+    monkeypatch.setattr(images.ImageOps, "exif_transpose", decode)
     text = refusal(read_image, tmp_path / "a.png", 8)
     assert str(tmp_path / "a.png") in text and not text.endswith(": ")
 
