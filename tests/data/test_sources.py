@@ -2,7 +2,10 @@ import datasets
 import pytest
 from conftest import RED, assert_color, refusal, solid
 
-from latent_dmmd.data.sources import load_images
+from latent_dmmd.data.sources import describe, load_images
+from latent_dmmd.training import loop
+from latent_dmmd.training.config import Config, parse_config
+from latent_dmmd.utils.errors import DataError
 
 
 def test_folder_in_order(tiny_images):
@@ -75,3 +78,38 @@ def test_elpv_splits():
 def test_elpv_not_installed(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "elpv_dataset", None)
     assert "latent-dmmd[demo]" in refusal(load_images, "elpv:train")
+
+
+def sorted_in(folder, counts):
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            solid("RGB", RED).save(folder / name / f"{i}.png")
+    return load_images(str(folder), 8)
+
+
+def test_what_there_is_is_described(tmp_path, tiny_images):
+    assert describe(load_images(str(tiny_images), 8)) == f"data: 12 images of {tiny_images}"
+    source = sorted_in(tmp_path / "sorted", {"b": 2, "a": 3})
+    assert describe(source) == f"data: 5 images of {source.name}\n2 classes: a 3, b 2"
+    for name in (".a.png", ".DS_Store", "b/Thumbs.db", "1.txt", "2.txt", "x.svg"):
+        (tmp_path / "sorted" / name).write_text("")
+    (tmp_path / "sorted" / "link.png").symlink_to("nowhere")
+    lines = describe(load_images(source.name, 8)).splitlines()
+    assert lines[2] == "passed over 7 other files: 3 hidden, 2 .txt, 1 .svg, 1 broken link"
+
+
+def test_many_classes_are_described_in_short(tmp_path):
+    text = describe(sorted_in(tmp_path, {f"{i:03d}": 1 + i % 2 for i in range(13)}))
+    assert text.splitlines()[1] == f"13 classes: {', '.join(f'{i:03d} {1 + i % 2}' for i in range(10))}, " + (
+        "and 3 more, of 1 to 2 images each"
+    )
+
+
+def test_training_says_what_it_trains_on_and_once(arguments, workshop, monkeypatch, capfd):
+    def stop(*_):
+        raise DataError("far enough")
+
+    monkeypatch.setattr(loop, "Trainer", stop)
+    assert refusal(loop.train, parse_config(Config, arguments)) == "far enough"
+    assert capfd.readouterr().out == f"data: 12 images of {workshop / 'images'}\n"
