@@ -10,7 +10,10 @@ from PIL import Image
 
 from latent_dmmd.data import folders
 from latent_dmmd.data.folders import image_suffixes
+from latent_dmmd.data.particles import cache_latents
 from latent_dmmd.data.sources import load_images
+from latent_dmmd.training.config import Config, parse_config
+from latent_dmmd.training.publishing import model_card
 
 
 def plant(root, *names):
@@ -213,6 +216,20 @@ def test_images_of_any_name_are_read_and_named_in_one_line(tmp_path, name, place
     assert len(errors) == 1 and len(set(source.names)) == 2
 
 
+@pytest.mark.parametrize("name", ODD_NAMES.values(), ids=ODD_NAMES.keys())
+def test_caches_and_model_cards_take_any_name(tmp_path, tiny_vae, name):
+    root = tmp_path / name
+    root.mkdir()
+    solid("RGB", RED, (32, 32)).save(root / f"{name}.png")
+    (root / f"!{name[1:]}.png").write_bytes(b"damaged")
+    source = load_images(str(root), 32)
+    for _ in range(2):  # encoded, then read
+        options = dict(horizontal_flip=False, batch_size=2, on_bad_image="skip")
+        cache = cache_latents(tiny_vae, source, tmp_path / "cache", **options)
+        assert len(cache) == 1 and cache.skipped == (source.names[0],)
+    assert model_card(parse_config(Config, ["--data.name_or_path", str(root)]), 1).encode()
+
+
 @pytest.mark.parametrize("name", ["elpv:x", "elpv:train", "owner:name"])
 def test_what_is_on_the_disk_goes_first(tmp_path, monkeypatch, name):
     monkeypatch.chdir(plant(tmp_path, f"{name}/0.png", "owner/name/0.png"))
@@ -257,14 +274,36 @@ def test_splits_of_an_archive(tmp_path):
     assert "no images" in refusal(load_images, f"{archive}:x/val", 8)
 
 
-def test_a_damaged_member_is_named(tmp_path):
+def changed_data(raw):
+    raw[raw.index(b"IDAT") + 8] ^= 255
+
+
+def encrypted(raw):
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        raw[raw.index(signature) + offset] |= 1
+
+
+@pytest.mark.parametrize("damage", [changed_data, encrypted])
+def test_a_member_that_cannot_be_read_is_named(tmp_path, damage):
     archive = zipped(plant(tmp_path / "root", "a.png", "b.png"), tmp_path / "a.zip")
     raw = bytearray((tmp_path / "a.zip").read_bytes())
-    raw[raw.index(b"IDAT") + 8] ^= 255
+    damage(raw)
     (tmp_path / "a.zip").write_bytes(raw)
     source = load_images(archive, 8)
     assert f"{archive}/a.png" in refusal(source.__getitem__, 0)
     assert_color(source[1], RED)
+
+
+def test_a_forked_process_opens_the_archive_for_itself(tmp_path, monkeypatch):
+    path = zipped(plant(tmp_path / "root", "a.png"), tmp_path / "a.zip")
+    archive = folders.ZipArchive(path)
+    archive.read(f"{path}/a.png")
+    first = archive.opened[1]
+    archive.read(f"{path}/a.png")
+    assert archive.opened[1] is first
+    monkeypatch.setattr(folders.os, "getpid", lambda: 0)
+    archive.read(f"{path}/a.png")
+    assert archive.opened[1] is not first
 
 
 @pytest.mark.parametrize("content", [b"", b"hello"])
