@@ -105,14 +105,19 @@ def find_images(root: str, listing: Listing | None = None) -> Found:
             if reason is not None:
                 found.passed_over[reason] += 1
     if linked:
-        first = {}
-        for path in sorted(found.paths, key=lambda p: (os.path.islink(p), p)):
-            first.setdefault(os.path.realpath(path), path)
-        found.passed_over["reached twice"] += len(found.paths) - len(first)
-        found.paths = list(first.values())
+        keep_once(found)
     found.paths.sort()
     refuse_several_splits(found)
     return found
+
+
+def keep_once(found: Found) -> None:
+    """Leave out images that are reached twice, by links rather than in the place they have."""
+    first = {}
+    for path in sorted(found.paths, key=lambda p: (os.path.islink(p), p)):
+        first.setdefault(os.path.realpath(path), path)
+    found.passed_over["reached twice"] += len(found.paths) - len(first)
+    found.paths = list(first.values())
 
 
 def why_left_out(name: str, kind: str, names: dict[str, str]) -> str | None:
