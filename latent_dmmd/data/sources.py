@@ -349,7 +349,7 @@ def describe(source: ImageSource) -> str:
         names = []
     if names:
         counts = labels.bincount().tolist()
-        listed = [f"{name} {count}" for name, count in zip(names, counts)][:NUM_LISTED]
+        listed = [f"{printable(name)} {count}" for name, count in zip(names, counts)][:NUM_LISTED]
         if len(names) > NUM_LISTED:
             listed.append(f"and {len(names) - NUM_LISTED} more, of {min(counts)} to {max(counts)} images each")
         lines.append(f"{len(names)} classes: {', '.join(listed)}")

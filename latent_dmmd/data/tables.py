@@ -43,7 +43,8 @@ def table_source(name: str) -> dict | None:
 def folder_source(folder: str, passed_over: Container[str]) -> dict | None:
     """`table_source` of a folder with these suffixes; None if tables are not among them."""
     kinds = [suffix for suffix in TABLE_SUFFIXES if suffix in passed_over]
-    if kinds and glob.has_magic(folder):  # which datasets takes for a pattern, unless it is named apart
+    # datasets takes the name of a folder for a pattern, and for UTF-8, unless it is given apart
+    if kinds and (glob.has_magic(folder) or printable(folder) != folder):
         return dict(path=kinds[0][1:], data_dir=glob.escape(folder))
     return dict(path=folder) if kinds else None
 

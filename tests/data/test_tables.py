@@ -1,5 +1,6 @@
 """Tables of images: where they lie, their cells and their labels."""
 
+import os
 import pickle
 import shutil
 import zipfile
@@ -110,6 +111,7 @@ def tables(tiny_images, tmp_path, monkeypatch):
         table.select(range(6 * i, 6 * i + 6)).to_parquet(f"hub/data/train-0000{i}-of-00002.parquet")
     parts["test"].to_parquet("hub/data/test-00000-of-00001.parquet")
     table.to_parquet("odd[1] */a,b:train.parquet")
+    shutil.copytree("odd[1] *", os.fsdecode(b"caf\xe9"))
     table.save_to_disk("saved")
     datasets.DatasetDict(parts).save_to_disk("dict")
     with zipfile.ZipFile("images.zip", "w") as archive:
@@ -131,6 +133,7 @@ KINDS = [
     "hub/data/train-00000-of-00002.parquet, hub/data/train-00001-of-00002.parquet",
     "odd[1] */a,b:train.parquet",
     "odd[1] *",
+    os.fsdecode(b"caf\xe9"),
     "saved",
     "saved/data-00000-of-00001.arrow",
     "dict",
