@@ -251,6 +251,12 @@ def solid(mode, color, size=(8, 8)):
     return Image.new(mode, size, color)
 
 
+def assert_color(decoded, color, tolerance=0):
+    """An image as uint8 of shape (3, H, W) is of one colour."""
+    assert decoded.dtype == torch.uint8
+    assert (decoded - torch.tensor(color).view(3, 1, 1)).abs().max() <= tolerance
+
+
 def refusal(function, *args, **options):
     """The message of the DataError, which is one line."""
     with pytest.raises(DataError) as caught:

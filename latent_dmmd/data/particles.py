@@ -150,7 +150,7 @@ def cache_pixels(source: ImageSource, horizontal_flip: bool, on_bad_image: OnBad
     """Read a data set into memory, one byte a number.
 
     Args:
-        images: The data set.
+        source: The data set.
         horizontal_flip: Whether mirrored images are data as well.
         on_bad_image: "error" stops at an image that cannot be read and names it; "skip" leaves it out.
 
@@ -216,7 +216,7 @@ def cache_latents(
 
     Args:
         vae: The frozen autoencoder.
-        images: The data set.
+        source: The data set.
         cache_dir: The folder of this cache; by default one named after a hash of the manifest.
         horizontal_flip: Whether mirrored images are encoded as well.
         on_bad_image: "error" stops at an image that cannot be read and names it; "skip" leaves it out.

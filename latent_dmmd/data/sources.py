@@ -2,104 +2,42 @@
 
 import hashlib
 import os
-import warnings
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from io import BytesIO
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import datasets
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from latent_dmmd.data.elpv import elpv_classes, elpv_files
+from latent_dmmd.data.folders import Found, ZipArchive, classes_by_folder, find_images, image_suffixes, printable
+from latent_dmmd.data.images import open_mask, open_rgb, read_image  # noqa: F401 (scripts take them from here)
+from latent_dmmd.data.tables import (
+    cell_source,
+    column_classes,
+    folder_source,
+    is_saved_table,
+    label_order,
+    load_saved_table,
+    load_table,
+    read_cell,
+    stream_table,
+    table_source,
+    undecoded,
+)
 from latent_dmmd.utils.errors import DataError, one_line
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 OnBadImage = Literal["error", "skip"]
-Table = datasets.Dataset | datasets.IterableDataset
-
-
-def read_image(source: str | Path | bytes, resolution: int, name: str | None = None) -> Tensor:
-    """Decode one image: turned as its EXIF says, transparency on white, shorter side resized, centre cropped.
-
-    Args:
-        source: A file, or its bytes.
-        resolution: Side of the result in pixels.
-        name: What to call it in messages; the file by default.
-
-    Returns:
-        RGB as uint8, with shape (3, resolution, resolution).
-
-    Raises:
-        DataError: If it is no image, damaged, a decompression bomb, or an eighth of the resolution or smaller.
-    """
-    name = name or str(source)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as file:
-                image = to_rgb(ImageOps.exif_transpose(file))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"refuse to decode {name}: more than {Image.MAX_IMAGE_PIXELS} pixels") from error
-    except UnidentifiedImageError as error:
-        raise DataError(f"cannot read {name}: not an image") from error
-    except Exception as error:  # a decoder raises whatever a damaged file trips it over
-        raise DataError(f"cannot read {name}: {one_line(error)}") from error
-    if min(image.size) <= resolution // 8:
-        raise DataError(f"{name} is {image.width}x{image.height} pixels, too small for resolution {resolution}")
-    image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
-def open_rgb(path: str | Path) -> Image.Image:
-    """An image file of any mode as 8-bit RGB, turned as its EXIF says. Raises OSError if it is no image."""
-    with Image.open(path) as file:
-        return to_rgb(ImageOps.exif_transpose(file))
-
-
-def open_mask(path: str | Path) -> Image.Image:
-    """A mask file as 8-bit grey, 255 where it selects, turned as its EXIF says.
-
-    A mask selects by its alpha channel if that varies, otherwise by its brightness, above one half. Masks without
-    bright pixels, such as those of 0 and 1 or with a dark palette, select where they are not 0.
-
-    Raises:
-        OSError: If it is no image.
-        ValueError: If it selects nothing.
-    """
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
-    alpha = np.asarray(image.getchannel("A")) if "A" in image.getbands() else np.zeros(1)
-    if alpha.min() != alpha.max():
-        selected = alpha > 127
-    else:
-        brightness = np.asarray(to_rgb(image).convert("L"))
-        values = np.asarray(image) if image.mode == "P" else brightness
-        selected = brightness > 127 if brightness.max() > 127 else values > 0
-    if not selected.any():
-        raise ValueError(f"the mask {path} selects nothing: paint white, or opaque, what is to be replaced")
-    return Image.fromarray(selected.astype(np.uint8) * 255)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of an image in any mode: the first frame, 16-bit grey scaled, transparency composited on white.
-
-    Raises ValueError for 32-bit pixels, whose range is not known.
-    """
-    if image.mode in ("I", "F"):
-        raise ValueError("32-bit pixels have no known range; save it with 8 or 16 bits")
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+ARCHIVES = (".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+KINDS = "a folder of images, a .zip of them, .parquet or .arrow files, elpv:train, or a name on the hub"
+NUM_LISTED = 10
+UNCOUNTED = {"hidden", "reached twice", "without a suffix"}
 
 
 class ImageDataset(Dataset):
@@ -112,6 +50,8 @@ class ImageDataset(Dataset):
         fingerprint: Changes whenever the data do.
         classes: Gives the name of each image's class when they are asked for; None if they have none.
         class_order: All names in their order; numbers ascending, then names by the alphabet, if None.
+        name: What the data are called.
+        passed_over: Why files beside the images were left out, and how many.
     """
 
     def __init__(
@@ -122,9 +62,12 @@ class ImageDataset(Dataset):
         fingerprint: str,
         classes: Callable[[], list[str]] | None = None,
         class_order: list[str] | None = None,
+        name: str = "",
+        passed_over: Counter[str] | None = None,
     ) -> None:
         self.names, self.read, self.resolution, self.fingerprint = names, read, resolution, fingerprint
         self.classes, self.class_order = classes, class_order
+        self.name, self.passed_over = name, +(passed_over or Counter())
 
     def __len__(self) -> int:
         return len(self.names)
@@ -146,24 +89,34 @@ class ImageDataset(Dataset):
 
         Raises DataError if images have no classes, or only one.
         """
-        if self.classes is None:
-            raise DataError("these images have no classes: use a folder for each class, a column 'label', or elpv")
         left_out = set(skipped)
-        kept = [c for name, c in zip(self.names, self.classes()) if name not in left_out]
+        kept = [c for name, c in zip(self.names, self.image_classes) if name not in left_out]
         found = set(kept)
         if self.class_order is not None:
             names = [name for name in self.class_order if name in found]
         else:
-            names = sorted(found, key=lambda name: (0, int(name), "") if name.isdecimal() else (1, 0, name))
+            names = sorted(found, key=lambda name: (0, int(name), name) if is_number(name) else (1, 0, name))
         if len(names) < 2:
-            raise DataError(f"all images are of one class, {names[0]}")
-        return names, torch.tensor([names.index(c) for c in kept], device="cpu")
+            raise DataError(f"all images are of one class, {', '.join(names)}")
+        index = {name: i for i, name in enumerate(names)}
+        return names, torch.tensor([index[c] for c in kept], device="cpu")
+
+    @cached_property
+    def image_classes(self) -> list[str]:
+        """Name of the class of each image. Raises DataError if images have no classes."""
+        if self.classes is None:
+            raise DataError("these images have no classes: use a folder for each class, a column 'label', or elpv")
+        return self.classes()
 
     def examples(self, count: int, seed: int, skipped: tuple[str, ...] = ()) -> Tensor:
         """Random images, none of the skipped, with shape (count, 3, R, R)."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
         readable = (i for i in order if self.names[i] not in skipped)
         return torch.stack([self[i] for i in islice(readable, count)])
+
+
+def is_number(name: str) -> bool:
+    return re.fullmatch(r"-?[0-9]+", name) is not None
 
 
 class ImagesOrErrors(Dataset):
@@ -202,7 +155,10 @@ class ImageStream:
     ) -> None:
         self.name, self.table, self.image_column = name, table, image_column
         self.resolution, self.fingerprint = resolution, fingerprint
-        self.position, self.rows = 0, iter(table)
+        self.position, self.rows = None, None
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "position": None, "rows": None}  # other processes begin to read for themselves
 
     def batches(
         self, start: int, count: int, batch_size: int, num_workers: int = 0
@@ -219,7 +175,7 @@ class ImageStream:
             yield [self.decoded(first + i, row) for i, row in enumerate(rows)]
 
     def decoded(self, index: int, row: dict) -> tuple[str, Tensor | DataError]:
-        name = f"{self.name}[{index}]"
+        name = f"{printable(self.name)}[{index}]"
         try:
             return name, read_image(cell_source(row[self.image_column]), self.resolution, name)
         except DataError as error:
@@ -235,155 +191,184 @@ class ImageStream:
 ImageSource = ImageDataset | ImageStream
 
 
-def cell_source(cell: dict | None) -> str | bytes:
-    """The file or the bytes that an undecoded cell of images stands for."""
-    if cell is None:
-        return b""
-    return cell["bytes"] if cell["bytes"] is not None else cell["path"]
-
-
 def load_images(
     name_or_path: str, resolution: int = 256, image_column: str = "image", streaming: bool = False
 ) -> ImageSource:
-    """A data set of images by name.
+    """A data set of images by name; what is on the disk goes before the hub.
 
     Images have classes if every one lies in a folder below the given one, whose name is its class; if a table has a
     column `label`; and in `elpv`.
 
     Args:
-        name_or_path: `elpv` or a part of it such as `elpv:train`, see `elpv_files`; a folder of images, searched
-            through; a parquet or arrow file; or `name` or `name:split` of a data set on the hub, split `train` by
-            default.
+        name_or_path: `elpv` or a part of it such as `elpv:train`, see `elpv_files`; a folder or a zip archive of
+            images, searched through, or `folder:split`; parquet or arrow files, as one file, a pattern, a list with
+            commas, or a folder with its splits; a folder that `save_to_disk` wrote; or `name` or `name:split` of a data
+            set on the hub. The split is `train` by default.
         resolution: Side of the images in pixels.
         image_column: The column that holds images, for tables and hub data.
         streaming: Whether tables and hub data are read as they come, without a copy on the disk; images in files are
             never copied.
 
     Raises:
-        DataError: If there is no such data, or it holds no images.
+        DataError: If there is no such data, it holds no images, or it holds several splits.
     """
-    name, _, split = name_or_path.partition(":")
+    name, split = name_and_split(name_or_path)
     if name == "elpv":
         paths = elpv_files(split or "all")
-        return images_in_files([str(p) for p in paths], resolution, partial(elpv_classes, paths))
-    path = Path(name_or_path)
-    if path.is_dir():
-        paths = sorted(files_below(str(path)))
-        if not paths:
-            raise DataError(f"no images in {path}: looked for {', '.join(sorted(IMAGE_SUFFIXES))}")
-        below = [os.path.relpath(p, path).split(os.sep) for p in paths]
-        sorted_in = all(len(parts) > 1 for parts in below)
-        return images_in_files(paths, resolution, (lambda: [parts[0] for parts in below]) if sorted_in else None)
-    if path.suffix in (".parquet", ".arrow"):
-        if not path.exists():
-            raise DataError(f"no file {path}")
-        split, source = "train", dict(path=path.suffix[1:], data_files=str(path))
-    elif path.is_absolute() or name_or_path.startswith(".") or path.exists():
-        raise DataError(f"no folder {path}; give a folder of images, a parquet file, elpv:train, or a hub name")
-    else:
-        split, source = split or "train", dict(path=name)
-    if streaming:
-        return streamed_images(name_or_path, source, split, resolution, image_column)
-    with naming_tables(name_or_path):
-        table = datasets.load_dataset(**source, split=split)
-    if not len(table):
-        raise DataError(f"no images in {name_or_path}")
-    labelled = table
-    classes, order = None, None
-    if "label" in table.column_names:
-        feature = table.features["label"]
-        order = feature.names if isinstance(feature, datasets.ClassLabel) else None
-        classes = lambda: [order[c] if order else str(c) for c in labelled["label"]]  # noqa: E731
-    table = undecoded(table, name_or_path, image_column)
-    names = [f"{name_or_path}[{i}]" for i in range(len(table))]
-    read = lambda i: cell_source(table[i][image_column])  # noqa: E731
-    return ImageDataset(names, read, resolution, table._fingerprint, classes, order)
+        found = Found(str(paths[0].parent), [str(p) for p in paths])
+        return images_in_files(name_or_path, found, resolution, partial(elpv_classes, paths))
+    options = dict(resolution=resolution, image_column=image_column)
+    if source := table_source(name):
+        return images_in_table(name_or_path, source, split or "train", streaming, **options)
+    if os.path.isdir(name):
+        if is_saved_table(name):
+            return images_in_rows(name_or_path, load_saved_table(name, split), **options)
+        inside = str(Path(name, split))
+        found = find_images(inside if os.path.isdir(inside) else name)
+        if not found.paths and (source := folder_source(name, found.passed_over)):
+            return images_in_table(name_or_path, source, split or "train", streaming, **options)
+        if not os.path.isdir(inside):
+            raise DataError(f"there is no folder {printable(inside)}")
+        return images_in_files(name_or_path, found, resolution)
+    if os.path.isfile(name) and name.lower().endswith(".zip"):
+        archive = ZipArchive(name)
+        found = find_images(os.path.join(name, split) if split else name, archive.listing)
+        return images_in_files(name_or_path, found, resolution, archive=archive)
+    refuse_other_files(name)
+    return images_in_table(name_or_path, dict(path=name), split or "train", streaming, **options)
 
 
-def streamed_images(name_or_path: str, source: dict, split: str, resolution: int, image_column: str) -> ImageStream:
-    """A stream of images. Its fingerprint comes from the files that the stream reads. Raises DataError like
-    `load_images`."""
-    with naming_tables(name_or_path):
-        builder = datasets.load_dataset_builder(**source)
-        table = builder.as_streaming_dataset(split=split)
-        table = table if table.column_names else table._resolve_features()
+def name_and_split(name_or_path: str) -> tuple[str, str]:
+    """The longest part before a colon that exists on the disk, and what follows; the first part if none exists."""
+    name, _, split = name_or_path.partition(":")
+    if name == "elpv" and not (split and os.path.exists(name_or_path)):
+        return name, split
+    for end in [len(name_or_path), *(i for i, c in reversed(list(enumerate(name_or_path))) if c == ":")]:
+        if os.path.exists(name_or_path[:end]):
+            return name_or_path[:end], name_or_path[end + 1 :]
+    if split.startswith(("/", "\\")):  # a URL or a drive
+        return name_or_path, ""
+    return name, split
+
+
+def refuse_other_files(name: str) -> None:
+    """Raise DataError for a name that is no data set's on the hub: that of a file, or of a path that is missing."""
+    shown, suffix = printable(name), os.path.splitext(name)[1].lower()
+    if os.path.exists(name):
+        if suffix in ARCHIVES:
+            raise DataError(f"{shown} is an archive that cannot be read in place: unpack it and give the folder")
+        if suffix in image_suffixes():
+            raise DataError(f"{shown} is one image; give the folder that holds the images")
+        raise DataError(f"{shown} is no data set; give {KINDS}")
+    if not name or os.path.isabs(name) or name.startswith((".", "~")) or any(c in name for c in "*?"):
+        raise DataError(f"there is no folder or file {shown or repr(name)}; give {KINDS}")
+
+
+def no_images(found: Found) -> DataError:
+    """The error that names what there is instead."""
+    passed = f"; {passed_over(found.passed_over)}" if found.passed_over else ""
+    hint = "; unpack archives" if found.passed_over.keys() & {".zip", *ARCHIVES} else ""
+    return DataError(f"no images in {printable(found.root)}, such as .png, .jpg or .webp{passed}{hint}")
+
+
+def images_in_files(
+    name: str,
+    found: Found,
+    resolution: int,
+    classes: Callable[[], list[str]] | None = None,
+    archive: ZipArchive | None = None,
+) -> ImageDataset:
+    """Images in files or in an archive; the fingerprint covers their names and sizes, and their times or checksums.
+
+    Classes are those of the folders unless they are given. Raises DataError if there are no images.
+    """
+    if not found.paths:
+        raise no_images(found)
+    if classes is None and (by_folder := classes_by_folder(found)) is not None:
+        classes = by_folder.copy  # a method of a list, which other processes can be sent
+    digest = hashlib.sha256()
+    for path in found.paths:
+        if archive:
+            state = f"{archive.members[path].file_size} {archive.members[path].CRC}"
+        else:
+            status = os.stat(path)
+            state = f"{status.st_size} {status.st_mtime_ns}"
+        digest.update(os.fsencode(f"{os.path.basename(path)} {state}\n"))
+    read = partial(read_path, found.paths, archive)
+    names = [printable(path) for path in found.paths]
+    return ImageDataset(
+        names, read, resolution, digest.hexdigest()[:16], classes, name=name, passed_over=found.passed_over
+    )
+
+
+def read_path(paths: list[str], archive: ZipArchive | None, index: int) -> str | bytes:
+    """A file, or its bytes in an archive."""
+    return archive.read(paths[index]) if archive else paths[index]
+
+
+def images_in_table(
+    name: str, source: dict, split: str, streaming: bool, resolution: int, image_column: str
+) -> ImageSource:
+    """Images of table files or of the hub. Raises DataError like `load_images`."""
+    if not streaming:
+        return images_in_rows(name, load_table(name, source, split), resolution, image_column)
+    table, fingerprint = stream_table(name, source, split)
     if not table.column_names:
-        raise DataError(f"no images in {name_or_path}")
-    fingerprint = f"{builder.config_id} {builder.hash} {split}"
-    table = undecoded(table, name_or_path, image_column)
+        raise DataError(f"no images in {printable(name)}")
+    table = undecoded(table, name, image_column)
     try:  # a stream is cast when it is read
         cell_source(next(iter(table))[image_column])
     except StopIteration:
-        raise DataError(f"no images in {name_or_path}") from None
+        raise DataError(f"no images in {printable(name)}") from None
     except Exception as error:  # pyarrow has types of its own
-        raise DataError(f"column {image_column!r} of {name_or_path} holds no images: {one_line(error)}") from error
-    return ImageStream(name_or_path, table, image_column, resolution, fingerprint)
+        raise DataError(f"column {image_column!r} of {printable(name)} holds no images: {one_line(error)}") from error
+    return ImageStream(name, table, image_column, resolution, fingerprint)
 
 
-@contextmanager
-def naming_tables(name_or_path: str) -> Iterator[None]:
-    """Context that reads a table. Raises DataError if it cannot be had."""
+def images_in_rows(name: str, table: datasets.Dataset, resolution: int, image_column: str) -> ImageDataset:
+    """Images in the rows of a table. Raises DataError if there are none."""
+    if not len(table):
+        raise DataError(f"no images in {printable(name)}")
+    classes, order = None, None
+    if "label" in table.column_names:
+        classes, order = partial(column_classes, table.select_columns("label"), name), label_order(table)
+    table = undecoded(table, name, image_column)
+    names = [f"{printable(name)}[{i}]" for i in range(len(table))]
+    read = partial(read_cell, table, image_column)
+    return ImageDataset(names, read, resolution, table._fingerprint, classes, order, name)
+
+
+def describe(source: ImageSource) -> str:
+    """Lines that say what data there are: how many images, their classes, and what was passed over and why."""
+    if isinstance(source, ImageStream):
+        return f"data: images of {printable(source.name)}, as they come"
+    lines = [f"data: {counted(len(source), 'image')} of {printable(source.name)}"]
     try:
-        yield
-    except Exception as error:  # datasets raises a dozen types
-        raise DataError(f"{name_or_path} is no folder, and no data set: {one_line(error)}") from error
+        names, labels = source.labels()
+    except DataError:  # none, or none that can be used, which matters only if classes are asked for
+        names = []
+    if names:
+        counts = labels.bincount().tolist()
+        listed = [f"{printable(name)} {count}" for name, count in zip(names, counts)][:NUM_LISTED]
+        if len(names) > NUM_LISTED:
+            listed.append(f"and {len(names) - NUM_LISTED} more, of {min(counts)} to {max(counts)} images each")
+        lines.append(f"{len(names)} classes: {', '.join(listed)}")
+    if source.passed_over:
+        lines.append(passed_over(source.passed_over))
+    return "\n".join(lines)
 
 
-def undecoded(table: Table, name_or_path: str, image_column: str) -> Table:
-    """The column of images alone, as bytes or file names. Raises DataError if there is none."""
-    if image_column not in table.column_names:
-        raise DataError(f"{name_or_path} has no column {image_column!r}; it has {', '.join(table.column_names)}")
-    try:
-        return table.select_columns(image_column).cast_column(image_column, datasets.Image(decode=False))
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise DataError(f"column {image_column!r} of {name_or_path} holds no images: {one_line(error)}") from error
+def passed_over(reasons: Counter[str]) -> str:
+    """As in "passed over 3 other files: 2 .txt, 1 hidden"."""
+    common = reasons.most_common(NUM_LISTED)
+    listed = [
+        f"{number} {reason}" if reason in UNCOUNTED or reason[0] == "." else counted(number, reason)
+        for reason, number in common
+    ]
+    if len(reasons) > len(common):
+        listed.append(f"{reasons.total() - sum(number for _, number in common)} more")
+    return f"passed over {counted(reasons.total(), 'other file')}: {', '.join(listed)}"
 
 
-def elpv_files(split: str) -> list[Path]:
-    """The photographs of `elpv-dataset` (Buerhop-Lutz et al., 2018), in the order of their numbers.
-
-    Args:
-        split: "all"; "heldout", every tenth photograph, on which nothing is chosen; "train", the others; or the two
-            parts of "train": "validation", a ninth of it, to choose settings on, and "fit", the rest.
-
-    Raises:
-        DataError: If there is no such split, or the photographs are not installed.
-    """
-    parts = {"heldout": {0}, "validation": {5}}
-    parts |= {"all": set(range(10)), "train": set(range(1, 10)), "fit": set(range(1, 10)) - parts["validation"]}
-    if split not in parts:
-        raise DataError(f"elpv has no split {split!r}; use {', '.join(f'elpv:{name}' for name in parts)}")
-    try:
-        import elpv_dataset
-    except ImportError as error:
-        raise DataError('the ELPV photographs are not installed: pip install "latent-dmmd[demo]"') from error
-    paths = sorted((Path(elpv_dataset.__file__).parent / "data" / "images").glob("*.png"))
-    return [p for i, p in enumerate(paths) if i % 10 in parts[split]]
-
-
-def elpv_classes(paths: list[Path]) -> list[str]:
-    """Classes of photographs of `elpv-dataset`: the kind of silicon, mono or poly, and whether experts gave a defect a
-    probability above one half, as in "mono defective" and "poly intact"."""
-    lines = (paths[0].parents[1] / "labels.csv").read_text().split("\n")
-    known = {file: (float(probability), kind) for file, probability, kind in map(str.split, filter(None, lines))}
-    found = [known[f"images/{p.name}"] for p in paths]
-    return [f"{kind} {'defective' if probability > 0.5 else 'intact'}" for probability, kind in found]
-
-
-def files_below(folder: str) -> Iterator[str]:
-    """Paths of the images in a folder and all folders below it, dangling links among them."""
-    for entry in os.scandir(folder):
-        if entry.is_dir(follow_symlinks=False):
-            yield from files_below(entry.path)
-        elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and not os.path.isdir(entry.path):
-            yield entry.path
-
-
-def images_in_files(paths: list[str], resolution: int, classes: Callable[[], list[str]] | None = None) -> ImageDataset:
-    """Images in files; the fingerprint covers their names, sizes and times."""
-    digest = hashlib.sha256()
-    for path in paths:
-        # a dangling link is named when it is read
-        status = os.stat(path) if os.path.exists(path) else os.lstat(path)
-        digest.update(f"{os.path.basename(path)} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return ImageDataset(paths, paths.__getitem__, resolution, digest.hexdigest()[:16], classes)
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

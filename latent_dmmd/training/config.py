@@ -37,7 +37,8 @@ class DataConfig:
     """The images.
 
     Args:
-        name_or_path: `elpv:train`, a folder, a parquet file, or a data set on the hub as `name` or `name:split`.
+        name_or_path: `elpv:train`, a folder or zip archive of images, parquet files, a folder of `save_to_disk`, or a
+            data set on the hub; `:split` after a name chooses a split.
         resolution: Side in pixels.
         image_column: Column of images in tables and hub data.
         horizontal_flip: Whether mirrored images are data as well.

@@ -24,7 +24,7 @@ from latent_dmmd.data.particles import (
     readable,
     shard_path,
 )
-from latent_dmmd.data.sources import ImageSource
+from latent_dmmd.data.sources import ImageSource, describe
 from latent_dmmd.methods.base import Method
 from latent_dmmd.training.checkpoints import (
     check_run_folder,
@@ -62,7 +62,7 @@ def dry_run(config: Config, accelerator: Accelerator) -> Path:
     particles, seconds_per_image = few_particles(parts, config)
     plan = {
         "mixed precision": "{} ({})".format(*precision_and_reason(options.mixed_precision)),
-        "images": f"{num_known(parts.source) or 'a stream'}, {config.data.name_or_path}; the first are readable",
+        "images": "the first can be read",
         "particles": " × ".join(map(str, parts.shape)) + (", latents" if parts.vae else ", pixels") + ", finite",
         **data_plan(parts, particles, seconds_per_image, config),
         "network": f"{sum(p.numel() for p in network.parameters()):,} parameters ({type(network).__name__})",
@@ -87,6 +87,7 @@ def dry_run(config: Config, accelerator: Accelerator) -> Path:
     if options.notes():
         plan["note"] = "; ".join(options.notes())
     accelerator.print("dry run: nothing is written")
+    accelerator.print(describe(parts.source))
     accelerator.print("\n".join(f"{name + ':':17}{value}" for name, value in plan.items()))
     return folder
 

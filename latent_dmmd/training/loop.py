@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from latent_dmmd.data.autoencoder import Autoencoder
 from latent_dmmd.data.particles import Particles
+from latent_dmmd.data.sources import describe
 from latent_dmmd.training.checkpoints import (
     check_run_folder,
     checkpoint_to_resume,
@@ -143,6 +144,7 @@ def train_with(config: Config, accelerator: Accelerator) -> Path:
         accelerator.print(f"note: {note}")
     check_run_folder(config, may_differ(options))
     vae, source, _, trainer = set_up(config, accelerator)
+    accelerator.print(describe(source))
     with accelerator.main_process_first():
         folder = prepare_run_folder(config, may_differ(options))
         pass_over_incomplete(accelerator, folder)

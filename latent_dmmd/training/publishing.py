@@ -7,6 +7,7 @@ import yaml
 from PIL import Image
 
 from latent_dmmd.data.autoencoder import Autoencoder, reconstruct
+from latent_dmmd.data.folders import printable
 from latent_dmmd.data.particles import Particles
 from latent_dmmd.data.sources import ImageSource
 from latent_dmmd.pipeline import LatentPipeline
@@ -49,7 +50,7 @@ pipeline_tag: unconditional-image-generation
 {config.method.summary} {config.data.resolution}×{config.data.resolution} images
 {where}. {terms}
 
-Trained on {num_images} images of `{config.data.name_or_path}`.
+Trained on {num_images} images of `{printable(config.data.name_or_path)}`.
 
 ```python
 from latent_dmmd.pipeline import load_pipeline

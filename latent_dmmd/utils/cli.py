@@ -1,5 +1,6 @@
 """What commands and scripts share: invalid input prints one line and exits with code 2."""
 
+import io
 import shlex
 import sys
 from argparse import ArgumentError
@@ -11,6 +12,9 @@ from latent_dmmd.utils.errors import one_line
 
 def run(main: Callable[[], None]) -> None:
     """Run a command's `main`; an error that the user can mend, or Ctrl-C, is one line and exit code 2 or 130."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 shows what it cannot print as \u2026
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (ArgumentError, ValueError, ImportError, OSError, FloatingPointError) as error:

@@ -41,7 +41,7 @@ def plan(arguments, workshop, capsys, monkeypatch, tmp_path):
 def test_a_first_run(plan, tmp_path, monkeypatch, workshop):
     assert not (tmp_path / "run").exists()
     lines = plan("--data.cache_dir", "null")
-    assert lines["images"] == f"12, {workshop / 'images'}; the first are readable"
+    assert lines["data"] == f"12 images of {workshop / 'images'}" and lines["images"] == "the first can be read"
     assert lines["particles"] == "4 × 16 × 16, latents, finite"
     assert lines["encoding"].startswith("12 images of ") and lines["encoding"].endswith("s")
     assert str(tmp_path / "home" / "latent_dmmd") in lines["cache"]
