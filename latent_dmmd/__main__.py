@@ -36,7 +36,7 @@ def main() -> None:
         sys.argv = [f"{PROGRAM} {name}", *arguments]  # the name that usage and errors begin with
         run(import_module(f"latent_dmmd.commands.{name.replace('-', '_')}").main)
     else:
-        near = get_close_matches(name.replace("_", "-"), COMMANDS, n=1, cutoff=0.4)
+        near = get_close_matches(name.replace("_", "-"), COMMANDS, n=1, cutoff=0.55)
         hint = f"did you mean {near[0]}?" if near else f"{PROGRAM} --help lists the commands"
         print(f"{PROGRAM}: no command {name!r}; {hint}", file=sys.stderr)
         sys.exit(2)

@@ -9,8 +9,8 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from latent_dmmd.data.autoencoder import AUTOENCODERS, BUNDLED_AT, BUNDLED_AUTOENCODER
+from latent_dmmd.data.folders import find_images
 from latent_dmmd.data.particles import counted_images, shard_path
-from latent_dmmd.data.sources import files_below
 from latent_dmmd.latent_pipeline import bundled_pipelines, pipeline_folder
 from latent_dmmd.methods.base import METHODS
 from latent_dmmd.pipeline import PIPELINES, SamplingDefaults
@@ -199,7 +199,7 @@ def step_in(checkpoint: Path) -> int | str:
 
 
 def count_images(folder: Path) -> int:
-    return sum(1 for _ in files_below(str(folder)))
+    return len(find_images(str(folder)).paths)
 
 
 def shapes(path: Path) -> dict[str, list[int]]:

@@ -110,6 +110,6 @@ def test_training_says_what_it_trains_on_and_once(arguments, workshop, monkeypat
     def stop(*_):
         raise DataError("far enough")
 
-    monkeypatch.setattr(loop, "Trainer", stop)
+    monkeypatch.setattr(loop, "prepare_run_folder", stop)
     assert refusal(loop.train, parse_config(Config, arguments)) == "far enough"
-    assert capfd.readouterr().out == f"data: 12 images of {workshop / 'images'}\n"
+    assert capfd.readouterr().out.count(f"data: 12 images of {workshop / 'images'}\n") == 1

@@ -97,7 +97,7 @@ def test_classes(plan, workshop, tmp_path):
     lines = plan(
         "--data.name_or_path", str(tmp_path / "classes"), "--data.class_conditional", "--data.cache_dir", "null"
     )
-    assert lines["images"].startswith("12, ")
+    assert lines["data"].startswith("12 images")
 
 
 def test_images_that_cannot_be_read(plan, tiny_images):
