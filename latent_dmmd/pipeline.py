@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput
 from huggingface_hub import hf_hub_download
-from torch import Tensor
+from torch import Tensor, nn
 
 from latent_dmmd import baselines, embeddings, features
 from latent_dmmd.baselines import VelocityNet
@@ -162,7 +162,8 @@ class LatentDMMDPipeline(LatentPipeline):
         guidance_scale: float = 1.0,
     ) -> Tensor:
         """As of `LatentPipeline`, by default without interaction of particles; other arguments as of the call."""
-        self.mean_embeddings.to(z.device)  # offloading moves a component with its forward, and they have none
+        # offloading moves components with their forward, which these lack; by groups, it refuses their own `to`
+        nn.Module.to(self.mean_embeddings, z.device)
         for component in (self.feature_net, self.mean_embeddings):
             take_outside_inference(component)
         z = outside_inference(z)
