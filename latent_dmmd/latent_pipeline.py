@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from importlib.resources import files
 from numbers import Integral
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import CommitInfo, ModelCard, create_repo
 from torch import Tensor, nn
 
 from latent_dmmd.data.autoencoder import (
@@ -136,7 +139,32 @@ class LatentPipeline(DiffusionPipeline):
             if (folder / path).parent.is_dir():
                 (folder / path).write_text(f"from {module} import {class_name}  # noqa: F401\n")
         index["_class_name"] = ["pipeline", index["_class_name"]]
+        if index.get("class_names"):  # diffusers takes a list of strings for a component that it must download
+            index["class_names"] = dict(enumerate(index["class_names"]))
         Path(json_file_path).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+    ) -> CommitInfo:
+        """As of `DiffusionPipeline`, with the model card of the folder that it was loaded from, if there is one.
+
+        diffusers' own takes a class with "Scheduler" in its name for a scheduler, and drops the variant.
+        """
+        repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        own_card = self.name_or_path and Path(self.name_or_path) / "README.md"
+        has_card = own_card and own_card.is_file()
+        card = ModelCard.load(own_card) if has_card else load_or_create_model_card(repo_id, token, is_pipeline=True)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization, variant)
+            populate_model_card(card).save(Path(folder) / "README.md")
+            return self._upload_folder(folder, repo_id, token, commit_message, create_pr)
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | Path) -> dict:
@@ -247,6 +275,11 @@ class LatentPipeline(DiffusionPipeline):
         images = z if output_type == "latent" else self.decode(z, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def as_list(class_names: list[str] | dict[str, str] | None) -> list[str] | None:
+    """Names of classes as they are in an index, where they have numbers."""
+    return list(class_names.values()) if isinstance(class_names, dict) else class_names
 
 
 def outside_inference(z: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ from latent_dmmd.latent_pipeline import (
     Generators,
     LatentPipeline,
     OutputType,
+    as_list,
     bundled_pipelines,
     check_output_type,
     outside_inference,
@@ -76,7 +77,7 @@ class LatentDMMDPipeline(LatentPipeline):
         vae: The frozen autoencoder; None if particles are pixels in [-1, 1].
         latents_mean: Mean of raw latents per channel, of length C.
         latents_std: Standard deviation of raw latents per channel, of length C.
-        class_names: What the classes are called that the features were trained for; None if there are none.
+        class_names: What the classes are called that the features were trained for, in order; None if there are none.
         sampling: The fields of `SamplingDefaults` that this pipeline has instead of the defaults.
 
     What is None is what the network remembers of the pipeline it comes from, so that another pipeline of the same
@@ -92,13 +93,13 @@ class LatentDMMDPipeline(LatentPipeline):
         vae: Autoencoder | None = None,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
-        class_names: list[str] | None = None,
+        class_names: list[str] | dict[str, str] | None = None,
         sampling: dict | None = None,
     ) -> None:
         super().__init__()
         components = dict(feature_net=feature_net, mean_embeddings=mean_embeddings)
-        options = dict(latents_mean=latents_mean, latents_std=latents_std, class_names=class_names, sampling=sampling)
-        self.register(components, vae, **options)
+        statistics = dict(latents_mean=latents_mean, latents_std=latents_std)
+        self.register(components, vae, **statistics, class_names=as_list(class_names), sampling=sampling)
 
     @property
     def net(self) -> FeatureNet:
@@ -377,7 +378,8 @@ def read_index(name_or_path: str | Path) -> dict:
     folder = Path(pipeline_folder(name_or_path))
     try:
         index = folder / INDEX if folder.exists() else hf_hub_download(str(name_or_path), INDEX)
-        return LatentPipeline._dict_from_json_file(index)
+        index = LatentPipeline._dict_from_json_file(index)
+        return {**index, "class_names": as_list(index.get("class_names"))}
     except (OSError, ValueError) as error:  # ValueError: no name on the hub, or no JSON
         raise ValueError(
             f"no pipeline in {name_or_path}; give the folder that training wrote, runs/NAME/pipeline, the name of one "
