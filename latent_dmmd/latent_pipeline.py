@@ -4,6 +4,7 @@ Particles, kernels and mean embeddings are in float32. Network and autoencoder r
 cast at their border, and what comes out is float32 again.
 """
 
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
@@ -167,11 +169,17 @@ class LatentPipeline(DiffusionPipeline):
             return self._upload_folder(folder, repo_id, token, commit_message, create_pr)
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: str | Path) -> dict:
-        """The index with the name of the class alone: a class that is asked for runs no code of a folder."""
-        index = super()._dict_from_json_file(json_file)
+    def _dict_from_json_file(cls, json_file: str | Path, **options) -> dict:
+        """The index as our own classes read it, which need no code of a folder to find their components."""
+        index = super()._dict_from_json_file(json_file, **options)
         if isinstance(index.get("_class_name"), list):
             index["_class_name"] = index["_class_name"][-1]
+        for name, value in index.items():
+            if isinstance(value, list) and value and str(value[0]).startswith("latent_dmmd."):
+                # diffusers looks for a module of this name in the folder, unless it is one of its own
+                own = value[0].replace(".", ":")
+                setattr(diffusers.pipelines, own, importlib.import_module(value[0]))
+                index[name] = [own, *value[1:]]
         return index
 
     @property

@@ -9,14 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput
 from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
-from latent_dmmd import baselines, embeddings, features
 from latent_dmmd.baselines import VelocityNet
 from latent_dmmd.data.autoencoder import Autoencoder
 from latent_dmmd.embeddings import MeanEmbeddings
@@ -361,10 +359,6 @@ class LatentSchedulerPipeline(LatentPipeline):
         z = self.move(z, num_inference_steps, callback=callback_on_step_end)
         return self.output(z, output_type, return_dict)
 
-
-# diffusers loads components from its own modules, or from code of a repository that it is told to trust
-for module in (baselines, embeddings, features):
-    setattr(diffusers.pipelines, module.__name__, module)
 
 INDEX = LatentPipeline.config_name
 PIPELINES = {cls.__name__: cls for cls in (LatentDMMDPipeline, LatentSchedulerPipeline)}
