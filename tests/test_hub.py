@@ -243,3 +243,13 @@ def test_the_snippets_of_a_model_card_run(name, trusted, trained_once):
         exec(snippet.replace("THIS_FOLDER", str(folder)).replace("pipe()", "pipe(num_inference_steps=2)"), scope)
         pipes.append(scope["pipe"])
     assert type(pipes[0]) is type(pipes[1])
+
+
+def test_diffusion_pipeline_asks_for_trust(trusted, tmp_path):
+    build(LatentDMMDPipeline).save_pretrained(tmp_path)
+    try:
+        loaded = DiffusionPipeline.from_pretrained(str(tmp_path))
+    except ValueError as error:
+        assert "trust_remote_code=True" in str(error)
+    else:  # older versions of diffusers do not ask for a local folder
+        assert type(loaded) is LatentDMMDPipeline
