@@ -62,11 +62,11 @@ def bundled_pipelines() -> list[str]:
     return sorted(folder.name for folder in ASSETS.iterdir() if (folder / "model_index.json").is_file())
 
 
-def pipeline_folder(name_or_path: str | Path) -> str | Path:
+def pipeline_folder(name_or_path: str | Path) -> str:
     """Where a bundled pipeline lies, by its name; anything else as it is. A folder of that name wins."""
     if str(name_or_path) in bundled_pipelines() and not Path(name_or_path).exists():
         return str(ASSETS / str(name_or_path))
-    return name_or_path
+    return str(name_or_path)
 
 
 class LatentPipeline(DiffusionPipeline):
@@ -87,6 +87,12 @@ class LatentPipeline(DiffusionPipeline):
         made.flow_options = getattr(pipeline, "flow_options", cls.flow_options)
         return made
 
+    @torch.inference_mode(False)
+    def to(self, *args, **options) -> "LatentPipeline":
+        """As of `DiffusionPipeline`; what is cast under `torch.inference_mode()` can still be differentiated."""
+        return super().to(*args, **options)
+
+    @torch.inference_mode(False)
     def register(self, components: dict, vae: Autoencoder | None, **options) -> None:
         """Keep components and options; the network remembers the options for other pipelines of the same components.
 
@@ -112,6 +118,9 @@ class LatentPipeline(DiffusionPipeline):
                 f"the autoencoder has {expected} latent channels, the features take {channels}, the statistics have "
                 f"{len(options['latents_mean'])}; use the autoencoder that the features were trained with"
             )
+        for component in self.components.values():
+            if isinstance(component, nn.Module):
+                take_outside_inference(component)
         if vae is not None:
             freeze(vae)
         self.net.register_to_config(_pipeline={**remembered, **options})
@@ -295,8 +304,9 @@ def outside_inference(z: Tensor) -> Tensor:
     return z.clone() if z.is_inference() else z
 
 
+@torch.no_grad()
 def take_outside_inference(module: nn.Module) -> None:
-    """Let a module be differentiated whose weights were loaded or cast under `torch.inference_mode()`."""
+    """Let a module be differentiated and cast whose weights were made under `torch.inference_mode()`."""
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             if parameter.is_inference():

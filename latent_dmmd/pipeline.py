@@ -322,7 +322,7 @@ class LatentSchedulerPipeline(LatentPipeline):
         for i, time in enumerate(self.progress_bar(self.scheduler.timesteps)):
             t = (time / num_times).to(z)
             chunks = z.split(self.flow_options.chunk_size or len(z))
-            prediction = torch.cat([self.network(chunk, t) for chunk in chunks])
+            prediction = torch.cat([self.network(chunk, t) for chunk in chunks]).to(z)
             z = self.scheduler.step(prediction, time, z).prev_sample
             z = self.after_step(callback, i, t.item(), z)
         return z

@@ -151,6 +151,17 @@ def test_images_are_the_same_in_every_mode_of_autograd(pipe, folder, mode, made)
         assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
     torch.testing.assert_close(images, expected, **EXACT)
     torch.testing.assert_close(generate(pipe), expected, **EXACT)
+    torch.testing.assert_close(generate(pipe.to(torch.bfloat16)), expected, **HALF[torch.bfloat16])
+
+
+def test_components_of_inference_mode_are_taken():
+    pipe = build(LatentDMMDPipeline)
+    expected = generate(pipe)
+    with torch.inference_mode():
+        pipe.feature_net, pipe.mean_embeddings = copy.deepcopy((pipe.feature_net, pipe.mean_embeddings))
+        assert all(a.is_inference() for a in (*pipe.net.parameters(), *pipe.mean_embeddings.buffers()))
+        torch.testing.assert_close(generate(pipe), expected, **EXACT)
+    torch.testing.assert_close(generate(pipe), expected, **EXACT)
 
 
 def test_tensors_of_inference_mode_are_taken_and_given_back(pipe):
