@@ -88,11 +88,6 @@ class LatentPipeline(DiffusionPipeline):
         return made
 
     @torch.inference_mode(False)
-    def to(self, *args, **options) -> "LatentPipeline":
-        """As of `DiffusionPipeline`; what is cast under `torch.inference_mode()` can still be differentiated."""
-        return super().to(*args, **options)
-
-    @torch.inference_mode(False)
     def register(self, components: dict, vae: Autoencoder | None, **options) -> None:
         """Keep components and options; the network remembers the options for other pipelines of the same components.
 

@@ -171,6 +171,7 @@ def test_tensors_of_inference_mode_are_taken_and_given_back(pipe):
         replace = dict(callback_on_step_end=lambda pipe, i, t, tensors: {"latents": tensors["latents"].clone()})
         images = generate(pipe, seed=3, **replace)
         given = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    generate(pipe, callback_on_step_end=lambda pipe, i, t, tensors: {"latents": given})
     torch.testing.assert_close(images, expected, **EXACT)
     if not isinstance(pipe, Editing):
         torch.testing.assert_close(generate(pipe, latents=given), expected, **EXACT)
@@ -452,8 +453,16 @@ def test_a_compiled_autoencoder_of_any_class_gives_the_same_images(each_vae):
     assert autoencoder_hash(pipe.vae) == digest
 
 
-@pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__)
-@pytest.mark.parametrize("cls", [*BASES, LatentDMMDInpaintPipeline], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    "cls, part",
+    [
+        *((LatentDMMDPipeline, part) for part in PARTS),
+        (LatentSchedulerPipeline, compile_net),
+        (LatentDMMDInpaintPipeline, compile_vae),
+        (LatentDMMDUpscalePipeline, compile_decode),
+    ],
+    ids=lambda value: value.__name__,
+)
 def test_compiled_parts_give_the_same_images(pipe, part, tmp_path):
     cls, expected = type(pipe), generate(pipe)
     part(pipe, backend="eager")
