@@ -183,7 +183,8 @@ class Inpainting(Editing):
             The images as `.images`.
 
         Raises:
-            ValueError: If an argument is out of range, or images and masks do not fit each other and the pipeline.
+            ValueError: If an argument is out of range, there are more or fewer generators than images, or images and
+                masks do not fit each other and the pipeline.
         """
         check_output_type(output_type, latent=False)
         side = self.resolution
@@ -228,7 +229,8 @@ class Upscaling(Editing):
             The images as `.images`.
 
         Raises:
-            ValueError: If an argument is out of range, or images do not fit the pipeline.
+            ValueError: If an argument is out of range, there are more or fewer generators than images, or images do not
+                fit the pipeline.
         """
         check_output_type(output_type, latent=False)
         side = self.resolution

@@ -139,7 +139,7 @@ class LatentPipeline(DiffusionPipeline):
         modules = {"pipeline.py": (type(self).__module__, type(self).__name__)}
         for name in self.components:
             library, class_name = index[name]
-            if library not in (None, "diffusers"):
+            if library not in (None, "diffusers", "transformers"):
                 modules[f"{name}/{library}.py"] = library, class_name
         for path, (module, class_name) in modules.items():
             if (folder / path).parent.is_dir():
@@ -291,7 +291,7 @@ class LatentPipeline(DiffusionPipeline):
 
 def as_list(class_names: list[str] | dict[str, str] | None) -> list[str] | None:
     """Names of classes as they are in an index, where they have numbers."""
-    return list(class_names.values()) if isinstance(class_names, dict) else class_names
+    return [class_names[i] for i in sorted(class_names, key=int)] if isinstance(class_names, dict) else class_names
 
 
 def outside_inference(z: Tensor) -> Tensor:

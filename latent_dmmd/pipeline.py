@@ -241,8 +241,8 @@ class LatentDMMDPipeline(LatentPipeline):
             The images as `.images`.
 
         Raises:
-            ValueError: If an argument is out of range, `latents` has the wrong shape, or the processes cannot share
-                `batch_size` equally.
+            ValueError: If an argument is out of range, `latents` is no tensor of the right shape, there are more or
+                fewer generators than images, or the processes cannot share `batch_size` equally.
         """
         check_output_type(output_type)
         z = self.initial_particles(batch_size, generator, latents)
@@ -349,8 +349,8 @@ class LatentSchedulerPipeline(LatentPipeline):
             The images as `.images`.
 
         Raises:
-            ValueError: If an argument is out of range, `latents` has the wrong shape, or the processes cannot share
-                `batch_size` equally.
+            ValueError: If an argument is out of range, `latents` is no tensor of the right shape, there are more or
+                fewer generators than images, or the processes cannot share `batch_size` equally.
         """
         check_output_type(output_type)
         if num_inference_steps is None:

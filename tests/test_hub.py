@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 import huggingface_hub
 import pytest
 import torch
+from conftest import random_embeddings, tiny_features
 from diffusers import DiffusionPipeline
 from diffusers.pipelines import pipeline_utils
 from diffusers.utils import dynamic_modules_utils
@@ -203,6 +204,19 @@ def test_bundled_pipelines_are_as_saved_ones(name, trusted, tmp_path):
     bundled = {str(path.relative_to(ASSETS / name)): path.read_text() for path in Path(ASSETS / name).rglob("*.py")}
     assert bundled == {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*.py")}
     assert type(DiffusionPipeline.from_pretrained(str(ASSETS / name), trust_remote_code=True)) is type(pipe)
+
+
+def test_names_of_many_classes_keep_their_order(tmp_path):
+    names = [f"class {i}" for i in range(12)]
+    net, stored = tiny_features(num_classes=12), random_embeddings(num_classes=12)
+    LatentDMMDPipeline(net, stored, class_names=names).save_pretrained(tmp_path)
+    path = tmp_path / "model_index.json"
+    index = json.loads(path.read_text())
+    index["class_names"] = dict(sorted(index["class_names"].items()))  # "10" before "2"
+    path.write_text(json.dumps(index))
+    assert (
+        read_index(tmp_path)["class_names"] == LatentDMMDPipeline.from_pretrained(tmp_path).config.class_names == names
+    )
 
 
 def test_a_saved_editor_loads_as_the_pipeline_it_edits_with(tmp_path):
