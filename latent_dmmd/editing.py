@@ -27,13 +27,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from latent_dmmd.pipeline import (
-    LatentDMMDPipeline,
-    LatentPipeline,
-    LatentSchedulerPipeline,
-    OutputType,
-    check_output_type,
-)
+from latent_dmmd.latent_pipeline import Generators, LatentPipeline, OutputType, check_generators, check_output_type
+from latent_dmmd.pipeline import LatentDMMDPipeline, LatentSchedulerPipeline
 
 
 @dataclass(frozen=True)
@@ -89,7 +84,7 @@ class Editing(LatentPipeline):
         strength: float,
         num_inference_steps: int,
         eta: float,
-        generator: torch.Generator | list[torch.Generator] | None,
+        generator: Generators,
         callback: Callable | None,
     ) -> Tensor:
         """Pixels that agree with what is given; see the module's text.
@@ -101,6 +96,7 @@ class Editing(LatentPipeline):
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must be in [0, 1]; got {eta}")
+        check_generators(generator, len(pixels))
         levels = self.trajectory(num_inference_steps, strength)
         chunks = [slice(i, i + CHUNK_SIZE) for i in range(0, len(pixels), CHUNK_SIZE)]
         x_0 = torch.cat([self.encode_pixels(pixels[chunk]) for chunk in chunks])
@@ -164,7 +160,7 @@ class Inpainting(Editing):
         num_inference_steps: int = 25,
         num_variations: int = 1,
         eta: float = 0.8,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[LatentPipeline, int, float, dict], dict] | None = None,
@@ -187,7 +183,8 @@ class Inpainting(Editing):
             The images as `.images`.
 
         Raises:
-            ValueError: If an argument is out of range, or images and masks do not fit each other and the pipeline.
+            ValueError: If an argument is out of range, there are more or fewer generators than images, or images and
+                masks do not fit each other and the pipeline.
         """
         check_output_type(output_type, latent=False)
         side = self.resolution
@@ -213,7 +210,7 @@ class Upscaling(Editing):
         num_inference_steps: int = 25,
         num_variations: int = 1,
         eta: float = 0.8,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[LatentPipeline, int, float, dict], dict] | None = None,
@@ -232,7 +229,8 @@ class Upscaling(Editing):
             The images as `.images`.
 
         Raises:
-            ValueError: If an argument is out of range, or images do not fit the pipeline.
+            ValueError: If an argument is out of range, there are more or fewer generators than images, or images do not
+                fit the pipeline.
         """
         check_output_type(output_type, latent=False)
         side = self.resolution

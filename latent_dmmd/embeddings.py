@@ -1,5 +1,6 @@
 """The stored mean embeddings: all that sampling needs besides φ."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from latent_dmmd.discrepancy import Discrepancy, Witness, get_discrepancy
 from latent_dmmd.forward import get_forward_process
+from latent_dmmd.nn.unet import unrounded
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class MeanEmbeddings(ModelMixin, ConfigMixin):
     (C + 1, T, M, F); and `gradient_scale`, the s_t for which s_t times the gradient of the stored witness at x_t
     predicts x_t − x_0, with shape (C + 1, T).
 
+    A witness is a small difference of means, so they stay in float32 where a pipeline is cast to less.
+
     Args:
         num_noise_levels: T.
         num_features: F.
@@ -92,12 +96,20 @@ class MeanEmbeddings(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, *args, **options) -> "MeanEmbeddings":
-        """As of `ModelMixin`; what 0.1 saved without classes gets their dimension."""
+        """As of `ModelMixin`, in float32; what 0.1 saved without classes gets their dimension."""
+        options = {name: value for name, value in options.items() if name not in ("dtype", "torch_dtype")}
         device_map = options.pop("device_map", None)
         device = device_map.get("") if isinstance(device_map, dict) else device_map
         # the other way to load, which device maps take, skips hooks on state dictionaries
         model = super().from_pretrained(*args, **{**options, "low_cpu_mem_usage": False})
         return model if device in (None, "auto") else model.to(device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MeanEmbeddings":
+        exact = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            setattr(self, name, unrounded(buffer, getattr(self, name)))
+        return self
 
     def row(self, label: int | None) -> int:
         """Where a class is stored; any class if None. Raises ValueError if there is no such class."""
@@ -124,11 +136,11 @@ class MeanEmbeddings(ModelMixin, ConfigMixin):
 
 def add_class_dimension(module: nn.Module) -> None:
     """Let a module load tables of 0.1, whose rows were not kept by class."""
+    module.register_load_state_dict_pre_hook(reshape_saved)
 
-    def reshape(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-        for name, buffer in module.named_buffers(recurse=False):
-            saved = state.get(prefix + name)
-            if saved is not None and saved.ndim == buffer.ndim - 1 and saved.numel() == buffer.numel():
-                state[prefix + name] = saved.reshape(buffer.shape)
 
-    module.register_load_state_dict_pre_hook(reshape)
+def reshape_saved(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    for name, buffer in module.named_buffers(recurse=False):
+        saved = state.get(prefix + name)
+        if saved is not None and saved.ndim == buffer.ndim - 1 and saved.numel() == buffer.numel():
+            state[prefix + name] = saved.reshape(buffer.shape)

@@ -5,7 +5,6 @@ is compared with. Both are called alike: `pipe(batch_size, num_inference_steps=â
 """
 
 import inspect
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput
-from torch import Tensor
+from huggingface_hub import hf_hub_download
+from torch import Tensor, nn
 
 from latent_dmmd.baselines import VelocityNet
 from latent_dmmd.data.autoencoder import Autoencoder
@@ -32,13 +32,19 @@ from latent_dmmd.flow import (
 )
 from latent_dmmd.forward import LinearInterpolant
 from latent_dmmd.latent_pipeline import (
+    Generators,
     LatentPipeline,
     OutputType,
+    as_list,
     bundled_pipelines,
     check_output_type,
+    outside_inference,
     pipeline_folder,
+    take_outside_inference,
 )
 from latent_dmmd.utils.process import default_device
+
+DEFAULT_NUM_INFERENCE_STEPS = 50  # of a scheduler
 
 
 @dataclass
@@ -69,8 +75,11 @@ class LatentDMMDPipeline(LatentPipeline):
         vae: The frozen autoencoder; None if particles are pixels in [-1, 1].
         latents_mean: Mean of raw latents per channel, of length C.
         latents_std: Standard deviation of raw latents per channel, of length C.
-        class_names: What the classes are called that the features were trained for; None if there are none.
+        class_names: What the classes are called that the features were trained for, in order; None if there are none.
         sampling: The fields of `SamplingDefaults` that this pipeline has instead of the defaults.
+
+    What is None is what the network remembers of the pipeline it comes from, so that another pipeline of the same
+    components generates alike.
     """
 
     model_cpu_offload_seq = "feature_net->vae"
@@ -82,13 +91,13 @@ class LatentDMMDPipeline(LatentPipeline):
         vae: Autoencoder | None = None,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
-        class_names: list[str] | None = None,
+        class_names: list[str] | dict[str, str] | None = None,
         sampling: dict | None = None,
     ) -> None:
         super().__init__()
-        self.register_to_config(class_names=class_names, sampling=sampling)
-        self.register_modules(feature_net=feature_net, mean_embeddings=mean_embeddings, vae=vae)
-        self.register_latents(feature_net, vae, latents_mean, latents_std)
+        components = dict(feature_net=feature_net, mean_embeddings=mean_embeddings)
+        statistics = dict(latents_mean=latents_mean, latents_std=latents_std)
+        self.register(components, vae, **statistics, class_names=as_list(class_names), sampling=sampling)
 
     @property
     def net(self) -> FeatureNet:
@@ -137,6 +146,7 @@ class LatentDMMDPipeline(LatentPipeline):
         steps = flow_schedule(self.mean_embeddings, *self.levels_and_steps(num_inference_steps, start), start)
         return [self.mean_embeddings.levels[steps[0].level].item(), *(step.end for step in steps)]
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def move(
         self,
@@ -151,6 +161,11 @@ class LatentDMMDPipeline(LatentPipeline):
         guidance_scale: float = 1.0,
     ) -> Tensor:
         """As of `LatentPipeline`, by default without interaction of particles; other arguments as of the call."""
+        # offloading moves components with their forward, which these lack; by groups, it refuses their own `to`
+        nn.Module.to(self.mean_embeddings, z.device)
+        for component in (self.feature_net, self.mean_embeddings):
+            take_outside_inference(component)
+        z = outside_inference(z)
         if num_inference_steps is not None:
             num_noise_levels, steps_per_level = self.levels_and_steps(num_inference_steps, start)
         own = self.sampling_defaults
@@ -195,7 +210,7 @@ class LatentDMMDPipeline(LatentPipeline):
         sampler: Sampler | None = None,
         class_labels: int | str | list[int | str] | None = None,
         guidance_scale: float = 1.0,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: Tensor | None = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
@@ -226,8 +241,8 @@ class LatentDMMDPipeline(LatentPipeline):
             The images as `.images`.
 
         Raises:
-            ValueError: If an argument is out of range, `latents` has the wrong shape, or the processes cannot share
-                `batch_size` equally.
+            ValueError: If an argument is out of range, `latents` is no tensor of the right shape, there are more or
+                fewer generators than images, or the processes cannot share `batch_size` equally.
         """
         check_output_type(output_type)
         z = self.initial_particles(batch_size, generator, latents)
@@ -253,7 +268,9 @@ class LatentSchedulerPipeline(LatentPipeline):
         vae: The frozen autoencoder; None if particles are pixels in [-1, 1].
         latents_mean: Mean of raw latents per channel, of length C.
         latents_std: Standard deviation of raw latents per channel, of length C.
-        num_inference_steps: The NFE where a call does not say.
+        num_inference_steps: The NFE where a call does not say; 50 if nobody does.
+
+    What is None is what the network remembers of the pipeline it comes from.
     """
 
     model_cpu_offload_seq = "network->vae"
@@ -265,12 +282,11 @@ class LatentSchedulerPipeline(LatentPipeline):
         vae: Autoencoder | None = None,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
     ) -> None:
         super().__init__()
-        self.register_to_config(num_inference_steps=num_inference_steps)
-        self.register_modules(network=network, scheduler=scheduler, vae=vae)
-        self.register_latents(network, vae, latents_mean, latents_std)
+        options = dict(latents_mean=latents_mean, latents_std=latents_std, num_inference_steps=num_inference_steps)
+        self.register(dict(network=network, scheduler=scheduler), vae, **options)
 
     @property
     def net(self) -> VelocityNet:
@@ -306,7 +322,7 @@ class LatentSchedulerPipeline(LatentPipeline):
         for i, time in enumerate(self.progress_bar(self.scheduler.timesteps)):
             t = (time / num_times).to(z)
             chunks = z.split(self.flow_options.chunk_size or len(z))
-            prediction = torch.cat([self.network(chunk, t) for chunk in chunks])
+            prediction = torch.cat([self.network(chunk, t) for chunk in chunks]).to(z)
             z = self.scheduler.step(prediction, time, z).prev_sample
             z = self.after_step(callback, i, t.item(), z)
         return z
@@ -316,7 +332,7 @@ class LatentSchedulerPipeline(LatentPipeline):
         self,
         batch_size: int = 1,
         num_inference_steps: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: Tensor | None = None,
         output_type: OutputType = "pil",
         return_dict: bool = True,
@@ -333,39 +349,50 @@ class LatentSchedulerPipeline(LatentPipeline):
             The images as `.images`.
 
         Raises:
-            ValueError: If an argument is out of range, `latents` has the wrong shape, or the processes cannot share
-                `batch_size` equally.
+            ValueError: If an argument is out of range, `latents` is no tensor of the right shape, there are more or
+                fewer generators than images, or the processes cannot share `batch_size` equally.
         """
         check_output_type(output_type)
         if num_inference_steps is None:
-            num_inference_steps = self.config.num_inference_steps
+            num_inference_steps = self.config.num_inference_steps or DEFAULT_NUM_INFERENCE_STEPS
         z = self.initial_particles(batch_size, generator, latents)
         z = self.move(z, num_inference_steps, callback=callback_on_step_end)
         return self.output(z, output_type, return_dict)
 
 
+INDEX = LatentPipeline.config_name
 PIPELINES = {cls.__name__: cls for cls in (LatentDMMDPipeline, LatentSchedulerPipeline)}
 
 
 def read_index(name_or_path: str | Path) -> dict:
-    """What a saved pipeline says of itself, by folder or bundled name. Raises ValueError if there is none."""
-    index = Path(pipeline_folder(name_or_path)) / "model_index.json"
-    if not index.exists():
+    """What a saved pipeline says of itself, by folder, bundled name or name on the hub.
+
+    Raises ValueError if there is none, or the hub cannot be reached.
+    """
+    folder = Path(pipeline_folder(name_or_path))
+    try:
+        index = folder / INDEX if folder.exists() else hf_hub_download(str(name_or_path), INDEX)
+        index = LatentPipeline._dict_from_json_file(index)
+        return {**index, "class_names": as_list(index.get("class_names"))}
+    except (OSError, ValueError) as error:  # ValueError: no name on the hub, or no JSON
         raise ValueError(
-            f"no pipeline in {name_or_path}; give the folder that training wrote, runs/NAME/pipeline, or a "
-            f"bundled one: {', '.join(bundled_pipelines())}"
-        )
-    return json.loads(index.read_text())
+            f"no pipeline in {name_or_path}; give the folder that training wrote, runs/NAME/pipeline, the name of one "
+            f"on the hub that can be reached, or a bundled one: {', '.join(bundled_pipelines())}"
+        ) from error
 
 
 def load_pipeline(name_or_path: str | Path) -> LatentDMMDPipeline | LatentSchedulerPipeline:
-    """A saved or bundled pipeline, on this process's GPU if there is one; safetensors and JSON alone are read.
+    """A saved or bundled pipeline or one on the hub, on this process's GPU if there is one.
+
+    Safetensors and JSON alone are read.
 
     Raises:
         ValueError: If there is none of ours in the folder.
         OSError: If it has no safetensors.
     """
-    name = read_index(name_or_path).get("_class_name")
-    if name not in PIPELINES:
+    name = str(read_index(name_or_path).get("_class_name"))
+    # an editor has all parts of the pipeline that it edits with
+    cls = next((cls for known, cls in PIPELINES.items() if name.startswith(known.removesuffix("Pipeline"))), None)
+    if cls is None:
         raise ValueError(f"{name_or_path} holds a {name}, not one of {', '.join(PIPELINES)}")
-    return PIPELINES[name].from_pretrained(name_or_path, use_safetensors=True).to(default_device())
+    return cls.from_pretrained(name_or_path, use_safetensors=True).to(default_device())

@@ -72,9 +72,10 @@ def encode_moments(vae: Autoencoder, pixels: Tensor) -> tuple[Tensor, Tensor]:
         Two tensors with shape (B, C, h, w), in float32.
     """
     output = vae.encode(pixels.to(vae.dtype))
-    if isinstance(vae, AutoencoderKL):
+    # by the output: a compiled autoencoder is of another class
+    if hasattr(output, "latent_dist"):
         return output.latent_dist.mean.float(), output.latent_dist.std.float()
-    mean = output.latents if isinstance(vae, AutoencoderTiny) else output.latent
+    mean = output.latents if hasattr(output, "latents") else output.latent
     return mean.float(), torch.zeros_like(mean, dtype=torch.float32)
 
 
@@ -105,6 +106,7 @@ def reconstruct(vae: Autoencoder, images_uint8: Tensor) -> Tensor:
 
 def autoencoder_hash(vae: Autoencoder) -> str:
     """A hash of the weights, 16 hexadecimal digits: what a cache of latents depends on."""
+    vae = getattr(vae, "_orig_mod", vae)  # of a compiled one
     digest = hashlib.sha256(type(vae).__name__.encode())
     for name, weight in sorted(vae.state_dict().items()):
         digest.update(name.encode())

@@ -6,7 +6,7 @@ derivative: attention is written as matmul, softmax, matmul (the fused kernels h
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
 import torch
@@ -72,18 +72,29 @@ class UNetConfig:
         return 2 * self.block_out_channels[0]
 
 
+def unrounded(before: Tensor, after: Tensor) -> Tensor:
+    """A buffer of a module that was cast: where it went, but not with fewer bits than float32."""
+    return before.to(after.device) if after.dtype in (torch.float16, torch.bfloat16) else after
+
+
 class TimeEmbedding(nn.Module):
     """Noise level t in [0, 1], with shape (B), to an embedding with shape (B, dim)."""
 
     def __init__(self, dim: int, num_frequencies: int = 32) -> None:
         super().__init__()
-        frequencies = torch.exp(torch.linspace(0, math.log(1000), num_frequencies))
+        frequencies = torch.exp(torch.linspace(0, math.log(1000), num_frequencies, dtype=torch.float32))
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.mlp = nn.Sequential(nn.Linear(2 * num_frequencies, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TimeEmbedding":
+        exact = self.frequencies
+        super()._apply(fn, recurse)
+        self.frequencies = unrounded(exact, self.frequencies)
+        return self
+
     def forward(self, t: Tensor) -> Tensor:
         angles = t.to(self.frequencies)[:, None] * self.frequencies
-        return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=1))
+        return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=1).to(self.mlp[0].weight.dtype))
 
 
 class ResBlock(nn.Module):
@@ -164,7 +175,7 @@ class PatchUNet(nn.Module):
         """What the U-Net makes of particles.
 
         Args:
-            x: Particles, with shape (B, C, H, W).
+            x: Particles, with shape (B, C, H, W); cast to the type of the weights.
             t: Noise levels in [0, 1], with shape (B) or ().
             label: Classes, with shape (B) or one for all; any class if None.
 
@@ -179,7 +190,7 @@ class PatchUNet(nn.Module):
         if tuple(x.shape[1:]) != expected:
             raise ValueError(f"particles must have shape (B, {', '.join(map(str, expected))}); got {tuple(x.shape)}")
         p = self.unet.patch_size
-        x = rearrange(x, "b c (h p) (w q) -> b (c p q) h w", p=p, q=p)
+        x = rearrange(x.to(self.conv_in.weight.dtype), "b c (h p) (w q) -> b (c p q) h w", p=p, q=p)
         embedding = self.time_embedding(t.expand(len(x)))
         num_classes = self.unet.num_classes
         if num_classes:

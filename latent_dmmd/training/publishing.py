@@ -52,11 +52,21 @@ pipeline_tag: unconditional-image-generation
 
 Trained on {num_images} images of `{printable(config.data.name_or_path)}`.
 
+With the package `latent_dmmd` installed:
+
 ```python
 from latent_dmmd.pipeline import load_pipeline
 
 pipe = load_pipeline("THIS_FOLDER")
 image = pipe().images[0]
+```
+
+Or without naming it. `pipeline.py` imports the class from the package, and diffusers asks for consent to run it:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER", trust_remote_code=True)
 ```
 
 ## Configuration
