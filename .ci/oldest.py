@@ -6,6 +6,7 @@ from pathlib import Path
 import tomllib
 
 project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-for requirement in [*project["dependencies"], *project["optional-dependencies"]["demo"]]:
+extras = project["optional-dependencies"]
+for requirement in [*project["dependencies"], *extras["demo"], *extras["autoencoder"]]:
     name, version = re.match(r"([\w.-]+)(?:\[\w+\])?>=([\w.]+)", requirement).groups()
     print(f"{name}=={version}")

