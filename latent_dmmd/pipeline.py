@@ -18,7 +18,7 @@ from torch import Tensor
 from latent_dmmd.baselines import VelocityNet
 from latent_dmmd.data.autoencoder import Autoencoder
 from latent_dmmd.embeddings import MeanEmbeddings
-from latent_dmmd.features import FeatureNet
+from latent_dmmd.features import BilinearFeatures, EncoderFeatureNet, FeatureNet
 from latent_dmmd.flow import (
     Flow,
     FlowStep,
@@ -77,7 +77,7 @@ class LatentDMMDPipeline(LatentPipeline):
 
     def __init__(
         self,
-        feature_net: FeatureNet,
+        feature_net: FeatureNet | EncoderFeatureNet,
         mean_embeddings: MeanEmbeddings,
         vae: Autoencoder | None = None,
         latents_mean: list[float] | None = None,
@@ -91,7 +91,7 @@ class LatentDMMDPipeline(LatentPipeline):
         self.register_latents(feature_net, vae, latents_mean, latents_std)
 
     @property
-    def net(self) -> FeatureNet:
+    def net(self) -> BilinearFeatures:
         """φ."""
         return self.feature_net
 
