@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from latent_dmmd.editing import LatentDMMDInpaintPipeline, LatentDMMDUpscalePipeline
     from latent_dmmd.embeddings import MeanEmbeddings
-    from latent_dmmd.features import FeatureNet
+    from latent_dmmd.features import EncoderFeatureNet, FeatureNet
     from latent_dmmd.pipeline import LatentDMMDPipeline
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "EncoderFeatureNet",
     "FeatureNet",
     "LatentDMMDInpaintPipeline",
     "LatentDMMDPipeline",
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 MODULES = {
+    "EncoderFeatureNet": "features",
     "FeatureNet": "features",
     "LatentDMMDInpaintPipeline": "editing",
     "LatentDMMDPipeline": "pipeline",

@@ -27,7 +27,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
 
-from latent_dmmd.features import FeatureNet
+from latent_dmmd.features import BilinearFeatures
 from latent_dmmd.forward import LinearInterpolant
 from latent_dmmd.nn.unet import PatchUNet, UNetConfig
 from latent_dmmd.objective import DMMD, Batch, Generators, Objective, Particles, Terms
@@ -75,7 +75,7 @@ class GeneratorAndCritic(nn.Module):
         critic: φ, used at noise level 0.
     """
 
-    def __init__(self, generator: VelocityNet, critic: FeatureNet) -> None:
+    def __init__(self, generator: VelocityNet, critic: BilinearFeatures) -> None:
         super().__init__()
         self.generator = generator
         self.critic = critic

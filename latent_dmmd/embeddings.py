@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from latent_dmmd.discrepancy import Discrepancy, Witness, get_discrepancy
 from latent_dmmd.forward import get_forward_process
 from latent_dmmd.nn.unet import unrounded
+
+Target = Literal["displacement", "restoring"]
+TARGETS = get_args(Target)
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class MeanEmbeddings(ModelMixin, ConfigMixin):
         forward_process: The process that the features were trained on.
         discrepancy: Arguments of `get_discrepancy`; the MMD of the linear kernel if None.
         num_classes: C; 0 if particles have no classes.
+        target: What the witness's gradient is at a particle of level s below t: the "displacement" x_t − x_0 of its
+            own level, or the way that is left, z − x_0, which is "restoring".
 
     Raises:
         ValueError: If only means are to be stored and the discrepancy needs more, or an argument is out of range.
@@ -81,8 +87,11 @@ class MeanEmbeddings(ModelMixin, ConfigMixin):
         forward_process: str = "linear",
         discrepancy: dict | None = None,
         num_classes: int = 0,
+        target: Target = "displacement",
     ) -> None:
         super().__init__()
+        if target not in TARGETS:
+            raise ValueError(f"target must be 'displacement' or 'restoring'; got {target!r}")
         self.process = get_forward_process(forward_process)
         self.discrepancy = get_discrepancy(**(discrepancy or {}))
         if not num_points and not self.discrepancy.needs_means_only:

@@ -21,12 +21,16 @@ right. For the linear interpolant a = 1, and N_s equal steps from t to the next 
 
     η_t = s_t (1 − t' / t) / N_s,       t' = 0 after the last level.
 
+**Restoring witnesses.** Trained on the way that is left, s_t ∇f_t(z) ≈ z − x_0 at any level s of the particle near t,
+and not the displacement of level t. A step then goes the fraction of the remaining way, with t = s in the
+coefficients: η = s_t (1 − e / s) for the linear interpolant.
+
 **Exact witnesses weaken.** The stored witness keeps its length while particles move inside a level; the exact one is
 that of the particles' own discrepancy, ‖f_t‖_H = MMD, and shrinks to nothing as they approach the data. When particles
 are at noise level s ≤ t it is s / t as long, so a step calibrated at s = t falls behind. `rescale` brings the exact
 witness to the stored norm, which makes it the witness of MMD instead of MMD² up to a constant, and one η_t serves both
 samplers. Without `rescale` the calibrated step is divided by d(s) / d(t) instead: right on schedule only if the
-particles are.
+particles are. With restoring witnesses the norm falls as (d(s) / d(t))², and so does what the step is divided by.
 """
 
 from collections.abc import Callable
@@ -174,7 +178,8 @@ class Flow:
         """(a, η) of a step: the calibrated ones, or (1, the constant η)."""
         if self.step_size is not None:
             return 1.0, self.step_size
-        t = self.embeddings.levels[step.level].double().item()
+        restoring = self.embeddings.config.target == "restoring"
+        t = step.start if restoring else self.embeddings.levels[step.level].double().item()
         scale, fraction = self.embeddings.process.step_coefficients(t, step.start, step.end)
         return scale, self.level(step.level).scale * fraction
 
@@ -241,7 +246,7 @@ class ExactFlow(Flow):
             process, t = self.embeddings.process, self.embeddings.levels[step.level].double().item()
             times = torch.tensor([t, step.start], dtype=torch.float64, device="cpu")
             at_t, at_start = process.displacement(times).tolist()
-            step_size *= at_t / at_start
+            step_size *= (at_t / at_start) ** (2 if self.embeddings.config.target == "restoring" else 1)
         return scale, step_size
 
     def witness(self, phi: Tensor, level: LevelEmbeddings) -> Witness:

@@ -22,6 +22,12 @@ unit length at every level and the loss is the unexplained fraction of the displ
 piece of the way on which the flow uses the witness of level t_k, from x_t to the next level's x_t'. The objective is
 then one of neighbouring levels, and φ(·, t_k) need not represent the field at all lower levels as well.
 
+**A restoring target.** The displacement is the same wherever x̃_u is on its segment, so the field does not react to how
+noisy a particle is. The way that is left is u times as long, x̃_u − x_0 = u (x_t − x_0), and grows where particles lag.
+It is the other target, with u ∈ [d(t_{k−1}), d(t_{k+1})] / d(t_k), from the next level below to the next one above
+(at most 1.5). By parts, ∫_a^b u ⟨∇f(x̃_u), x_t − x_0⟩ du = b f(x̃_b) − a f(x̃_a) − ∫_a^b f(x̃_u) du: the regression is
+then the zero-centred penalty of a witness between X̃_b and the mixture of the path below it.
+
 **Mean embeddings.** The witness depends on the distributions of X_t and X_0 at level t, which one of three sources
 estimates: `embedding_sources.py`.
 """
@@ -36,10 +42,12 @@ from torch.distributed.nn.functional import all_gather
 
 from latent_dmmd.discrepancy import MMD, Discrepancy, Witness
 from latent_dmmd.embedding_sources import AveragedEmbeddings, BatchEmbeddings, RunningEmbeddings
+from latent_dmmd.embeddings import TARGETS, Target
 from latent_dmmd.forward import ForwardProcess, noise_levels
 
 MeanEmbeddingSource = Literal["running", "ema", "batch"]
 Segment = Literal["level", "whole"]
+MAX_OVERSHOOT = 1.5  # u of a restoring target; twice the lowest level is far from where its witness is used
 
 
 class Particles(Protocol):
@@ -269,9 +277,11 @@ class WitnessMatching(WitnessObjective):
         segment: Where the witness of level t_k is trained: "level", from x_t to the next level, on which the flow
             uses it; or "whole", from x_t to the data, the identity's own.
         num_classes: Classes of particles; 0 if there are none.
+        target: What the gradient at x̃_u is regressed on: the "displacement" x_t − x_0, or the way that is left,
+            u (x_t − x_0), which is "restoring". Segments of one level then begin at the next level above.
 
     Raises:
-        ValueError: If `mean_embeddings` or `segment` is none of these, or the averaged network is missing.
+        ValueError: If `mean_embeddings`, `segment` or `target` is none of these, or the averaged network is missing.
     """
 
     def __init__(
@@ -288,8 +298,12 @@ class WitnessMatching(WitnessObjective):
         segment: Segment = "level",
         num_classes: int = 0,
         label_dropout: float = 0.0,
+        target: Target = "displacement",
     ) -> None:
         super().__init__(feature_net, process, num_noise_levels, discrepancy, label_dropout)
+        if target not in TARGETS:
+            raise ValueError(f"target must be 'displacement' or 'restoring'; got {target!r}")
+        self.target = target
         if segment not in ("level", "whole"):
             raise ValueError(f"segment must be 'level' or 'whole'; got {segment!r}")
         self.segment = segment
@@ -313,10 +327,12 @@ class WitnessMatching(WitnessObjective):
         witness = self.source(self, batch, x_t)
         norm = witness.norm()
         if self.segment == "level":
-            start = self.segment_start()[batch.level][:, None].to(batch.u)
-            batch = batch._replace(u=start + (1 - start) * batch.u)
+            start, end = (ends[batch.level][:, None].to(batch.u) for ends in self.segment_ends())
+            batch = batch._replace(u=start + (end - start) * batch.u)
         gradient = self.witness_gradient(batch, x_t, witness.scaled(1 / norm))
         displacement = (x_t - batch.x_0).flatten(2)
+        if self.target == "restoring":
+            displacement = rearrange(batch.u, "l b -> l b 1") * displacement
         target = displacement / rearrange(self.gradient_length()[batch.level], "l -> l 1 1")
         matching = (gradient - target).square().sum(-1).mean()
         with torch.no_grad():
@@ -324,10 +340,18 @@ class WitnessMatching(WitnessObjective):
         name = self.discrepancy.name.removesuffix("2")
         return Terms(matching, {"matching": matching.detach(), name: norm.detach().mean(), "cosine": cosine})
 
-    def segment_start(self) -> Tensor:
-        """u_k = d(t_{k−1}) / d(t_k), with shape (T); 0 for the lowest level."""
+    def segment_ends(self) -> tuple[Tensor, Tensor]:
+        """The lowest and highest u of each level's segment, each with shape (T).
+
+        d(t_{k−1}) / d(t_k), which is 0 for the lowest level; and 1, or d(t_{k+1}) / d(t_k), at most 1.5, where the
+        target is restoring: particles that lag must be sent back from above.
+        """
         displacement = self.process.displacement(self.levels)
-        return torch.cat([displacement.new_zeros(1), displacement[:-1] / displacement[1:]])
+        start = torch.cat([displacement.new_zeros(1), displacement[:-1] / displacement[1:]])
+        end = torch.ones_like(start)
+        if self.target == "restoring":
+            end[:-1] = (displacement[1:] / displacement[:-1]).clamp(max=MAX_OVERSHOOT)
+        return start, end
 
     def gradient_length(self) -> Tensor:
         """λ_t = (E ‖x_t − x_0‖²)^½ = d(t) D^½, with shape (T)."""

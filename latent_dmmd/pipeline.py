@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from latent_dmmd.baselines import VelocityNet
 from latent_dmmd.data.autoencoder import Autoencoder
 from latent_dmmd.embeddings import MeanEmbeddings
-from latent_dmmd.features import FeatureNet
+from latent_dmmd.features import BilinearFeatures, EncoderFeatureNet, FeatureNet
 from latent_dmmd.flow import (
     Flow,
     FlowStep,
@@ -86,7 +86,7 @@ class LatentDMMDPipeline(LatentPipeline):
 
     def __init__(
         self,
-        feature_net: FeatureNet,
+        feature_net: FeatureNet | EncoderFeatureNet,
         mean_embeddings: MeanEmbeddings,
         vae: Autoencoder | None = None,
         latents_mean: list[float] | None = None,
@@ -100,7 +100,7 @@ class LatentDMMDPipeline(LatentPipeline):
         self.register(components, vae, **statistics, class_names=as_list(class_names), sampling=sampling)
 
     @property
-    def net(self) -> FeatureNet:
+    def net(self) -> BilinearFeatures:
         """φ."""
         return self.feature_net
 

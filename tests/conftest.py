@@ -216,9 +216,9 @@ def trained(trained_once, tmp_path):
 TINY_NET = dict(patch_size=1, block_out_channels=(8,), attention_levels=(True,), layers_per_block=1, num_groups=2)
 
 
-def tiny_features(size=4, channels=2, num_features=6, **options):
+def tiny_features(size=4, channels=2, num_features=6, architecture=FeatureNet, **options):
     """A random φ; the seed is the caller's."""
-    return FeatureNet(size, channels, num_features, **{**TINY_NET, **options})
+    return architecture(size, channels, num_features, **{**TINY_NET, **options})
 
 
 def tiny_velocity(size=4, channels=2, **options):

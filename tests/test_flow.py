@@ -173,6 +173,12 @@ def test_approximate_is_exact_with_equal_features(discrepancy):
         torch.testing.assert_close(exact, ApproximateFlow(net, stored).gradient(z, 1))
 
 
+def test_embeddings_know_two_targets():
+    assert MeanEmbeddings(2, 3).config.target == "displacement"
+    with pytest.raises(ValueError, match="target must be"):
+        MeanEmbeddings(2, 3, target="velocity")
+
+
 def test_embeddings_of_another_kernel_need_features():
     with pytest.raises(ValueError, match="num_points > 0"):
         MeanEmbeddings(2, 3, discrepancy={"name": "kale"})
@@ -215,6 +221,51 @@ def test_calibrated_flow_keeps_to_the_forward_process(name, sampler):
     for level in (3, 2, 1):
         torch.testing.assert_close(ends[level], sigma[level - 1] * eps, rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(z, torch.zeros_like(z), rtol=0, atol=1e-9)
+
+
+class HalfSquare(nn.Module):
+    """φ = (‖x‖² / 2, 0, 0): the witness of data at 0, whose gradient is the way that is left."""
+
+    def forward(self, x, t):
+        f = x.flatten(1).square().sum(1) / 2
+        return torch.stack([f, 0 * f, 0 * f], 1)
+
+
+def unit_particles():
+    z = particles(3)
+    return z / z.flatten(1).norm(dim=1)[:, None, None, None]
+
+
+def restoring_embeddings(name):
+    """Of data at 0 and noise of unit length, for `HalfSquare`: s_t ∇f_t(z) = z."""
+    stored = MeanEmbeddings(4, 3, forward_process=name, target="restoring").double()
+    stored.levels.copy_(torch.arange(1, 5, dtype=torch.float64) / 4)
+    square = stored.process.sigma(stored.levels).square()
+    stored.noisy[0, :, 0] = square / 2
+    stored.gradient_scale.copy_(2 / square)
+    return stored
+
+
+@pytest.mark.parametrize("name", ["linear", "vp-cosine", "vp-linear"])
+@pytest.mark.parametrize("sampler", ["exact", "approximate", "hybrid"])
+@pytest.mark.parametrize("lag", [1.0, 1.2])
+def test_restoring_steps_go_the_fraction_of_the_way_that_is_left(name, sampler, lag):
+    """Every step ends on the forward process, and in proportion where particles began too far away."""
+    stored, eps = restoring_embeddings(name), unit_particles()
+    steps, z = flow_schedule(stored, 4, 3), lag * stored.process.sigma(stored.levels[-1]) * eps
+    flow = get_flow(sampler, HalfSquare(), stored)
+    for step in steps:
+        z = flow.step(z, step)
+        expected = lag * stored.process.sigma(torch.tensor(step.end, dtype=torch.float64)) * eps
+        torch.testing.assert_close(z, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_restoring_steps_without_rescaling_undo_the_weakening():
+    stored, eps = restoring_embeddings("linear"), unit_particles()
+    flow, z = ExactFlow(HalfSquare(), stored, rescale=False), eps
+    for step in flow_schedule(stored, 4, 3):
+        z = flow.step(z, step)
+        torch.testing.assert_close(z, step.end * eps, rtol=1e-6, atol=1e-9)
 
 
 def test_rescaling_keeps_the_stored_length():

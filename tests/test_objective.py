@@ -224,10 +224,94 @@ def test_segments_of_the_levels_tile_the_way():
         WitnessMatching(net, LinearInterpolant(), 4, mean_embeddings="batch", segment=segment)
         for segment in ("level", "whole")
     )
-    torch.testing.assert_close(level.segment_start(), torch.tensor([0.0, 1 / 2, 2 / 3, 3 / 4]))
+    start, end = level.segment_ends()
+    torch.testing.assert_close(start, torch.tensor([0.0, 1 / 2, 2 / 3, 3 / 4]))
+    assert end.tolist() == [1, 1, 1, 1]
     moved = batch._replace(u=torch.stack([batch.u[0], 2 / 3 + batch.u[1] / 3]))
     torch.testing.assert_close(level(batch).total, whole(moved).total)
     assert not torch.allclose(level(batch).total, whole(batch).total, rtol=1e-3)
+
+
+def restoring(net=None, source="batch", **options):
+    return WitnessMatching(
+        net or TinyNet(), LinearInterpolant(), 4, mean_embeddings=source, target="restoring", **options
+    )
+
+
+def test_identity_of_the_restoring_target():
+    """½λ E‖∇f(x̃_u) − u (x_t − x_0)/λ‖² is the zero-centred penalty and a discrepancy, for any smooth f, u ~ U[a, b]:
+
+    −b/(b − a) (E f(x̃_b) − E f(m)) + ½λ E‖∇f(x̃_u)‖² + E u² ‖x_t − x_0‖² / 2λ, where m is x̃_a with probability a / b and
+    x̃_v, v ~ U[a, b], otherwise: the mixture of the path below x̃_b.
+    """
+    net, lam, a, b = TinyNet(), 0.7, 0.4, 1.3
+    x_0, eps = make_batch(pairs=5).x_0[0], make_batch(pairs=5).eps[0]
+    x_t = LinearInterpolant().sample(x_0, torch.tensor(0.6, dtype=torch.float64).expand(5), eps)
+    delta = torch.randn(3, dtype=torch.float64)
+    f = lambda u: (net((1 - u) * x_0 + u * x_t, torch.tensor(0.6)) @ delta).mean()  # noqa: E731
+    nodes, weights = np.polynomial.legendre.leggauss(20)
+    regression = penalty = square = path = 0.0
+    for u, weight in zip(a + (b - a) * (nodes + 1) / 2, weights / 2):
+        x = ((1 - u) * x_0 + u * x_t).detach().requires_grad_()
+        (g,) = torch.autograd.grad((net(x, torch.tensor(0.6)) @ delta).sum(), x)
+        regression += weight * (g - u * (x_t - x_0) / lam).square().flatten(1).sum(1).mean()
+        penalty += weight * g.square().flatten(1).sum(1).mean()
+        square += weight * u**2 * (x_t - x_0).square().flatten(1).sum(1).mean()
+        path += weight * f(u)
+    mixture = a / b * f(a) + (1 - a / b) * path
+    right = -b / (b - a) * (f(b) - mixture) + 0.5 * lam * penalty + square / (2 * lam)
+    torch.testing.assert_close(0.5 * lam * regression, right.detach(), rtol=1e-10, atol=1e-12)
+
+
+class HalfSquare(nn.Module):
+    """φ = (‖x − c‖² / 2, 0, 0), whose normalised witness is its first number."""
+
+    config = TinyConfig
+
+    def __init__(self, center, length=1.0):
+        super().__init__()
+        self.center, self.length = center, length
+
+    def forward(self, x, t):
+        f = (x - self.center).flatten(1).square().sum(1) / (2 * self.length)
+        return torch.stack([f, 0 * f, 0 * f], 1)
+
+
+@pytest.mark.parametrize("segment", ["level", "whole"])
+def test_the_restoring_target_of_one_datum_is_a_quadratic_potential(segment):
+    """All data at c: ½‖x − c‖² / λ_t has the target for its gradient at every u, and no loss."""
+    batch = make_batch(levels=(1,), pairs=6)
+    batch = batch._replace(x_0=torch.full_like(batch.x_0, 0.3))
+    net = HalfSquare(0.3)
+    objective = restoring(net, segment=segment)
+    net.length = objective.gradient_length()[1]
+    terms = objective(batch)
+    assert terms.total < 1e-10 and terms.named["cosine"] > 1 - 1e-6
+    displacement = WitnessMatching(net, LinearInterpolant(), 4, mean_embeddings="batch", segment=segment)
+    assert displacement(batch).total > 1e-2
+
+
+def test_restoring_segments_reach_from_the_level_below_to_the_level_above():
+    objective = restoring()
+    start, end = objective.segment_ends()
+    torch.testing.assert_close(start, torch.tensor([0, 1 / 2, 2 / 3, 3 / 4]))
+    torch.testing.assert_close(end, torch.tensor([3 / 2, 3 / 2, 4 / 3, 1]))  # the lowest would be 2
+
+
+@pytest.mark.parametrize("source", ["batch", "ema", "running"])
+def test_the_restoring_target_against_loops(source):
+    net, batch = TinyNet(), make_batch(levels=(2,))
+    terms = restoring(net, source, averaged_net=TinyNet())(batch)
+    t, x_0 = torch.tensor(0.75), batch.x_0[0]
+    x_t = (1 - t) * x_0 + t * batch.eps[0]
+    f = MMD().witness(net(x_t, t), net(x_0, t))
+    f, expected = f.scaled(1 / f.norm()), 0.0
+    for i in range(4):
+        u = 2 / 3 + (4 / 3 - 2 / 3) * batch.u[0, i]
+        x = ((1 - u) * x_0[i] + u * x_t[i])[None].detach().requires_grad_()
+        (g,) = torch.autograd.grad(f(net(x, t)).sum(), x, retain_graph=True)
+        expected += (g[0] - (x[0] - x_0[i]) / (2 * t**2 * 8) ** 0.5).square().sum() / 4
+    torch.testing.assert_close(terms.total, expected.detach(), rtol=1e-5, atol=1e-6, check_dtype=False)
 
 
 def test_refreshes_every_so_often():
@@ -265,6 +349,8 @@ def test_refuses_what_cannot_be():
         WitnessMatching(TinyNet(), LinearInterpolant(), 4, TinyNet(), mean_embeddings="stored")
     with pytest.raises(ValueError, match="segment"):
         WitnessMatching(TinyNet(), LinearInterpolant(), 4, mean_embeddings="batch", segment="half")
+    with pytest.raises(ValueError, match="target"):
+        WitnessMatching(TinyNet(), LinearInterpolant(), 4, mean_embeddings="batch", target="velocity")
     with pytest.raises(ValueError, match="averaged network"):
         WitnessMatching(TinyNet(), LinearInterpolant(), 4)
 

@@ -12,7 +12,7 @@ from latent_dmmd.baselines import FlowMatching, VelocityNet, timed_pairs
 from latent_dmmd.data.autoencoder import BUNDLED_AUTOENCODER, decode_pixels, load_autoencoder
 from latent_dmmd.discrepancy import get_discrepancy
 from latent_dmmd.embeddings import MeanEmbeddings
-from latent_dmmd.features import FeatureNet
+from latent_dmmd.features import FEATURE_NETS, BilinearFeatures, FeatureNet
 from latent_dmmd.flow import Sampler, flow_schedule, get_flow
 from latent_dmmd.forward import LinearInterpolant, noise_levels
 from latent_dmmd.methods.base import NetConfig
@@ -44,16 +44,23 @@ def training_step(objective: Objective, batch: NamedTuple, mixed_precision: bool
     return step
 
 
-def features(device: torch.device, network: dict) -> FeatureNet:
+def repeated(task: Callable[[], None], times: int) -> None:
+    for _ in range(times):
+        task()
+
+
+def features(device: torch.device, network: dict, architecture: str = "unet") -> BilinearFeatures:
     """A new φ of 64 features, the same at every call."""
     torch.manual_seed(0)
-    return FeatureNet(num_features=64, **network).to(device)
+    return FEATURE_NETS[architecture](num_features=64, **network).to(device)
 
 
-def witness_matching(device: torch.device, network: dict, source: str = "running") -> WitnessMatching:
+def witness_matching(
+    device: torch.device, network: dict, source: str = "running", architecture: str = "unet"
+) -> WitnessMatching:
     """The default objective on a new φ and its average."""
-    averaged = features(device, network).requires_grad_(False)
-    return WitnessMatching(features(device, network), LinearInterpolant(), 25, averaged, source).to(device)
+    net, averaged = (features(device, network, architecture) for _ in range(2))
+    return WitnessMatching(net, LinearInterpolant(), 25, averaged.requires_grad_(False), source).to(device)
 
 
 def objective_costs(
@@ -84,6 +91,7 @@ def objective_costs(
         f"witness matching, {source}": witness_matching(device, network, source)
         for source in ("running", "ema", "batch")
     }
+    objectives["witness matching, encoder"] = witness_matching(device, network, architecture="encoder")
     kernels = {
         "dmmd, linear": {},
         "dmmd, gaussian": {"kernel": "gaussian"},
@@ -97,10 +105,10 @@ def objective_costs(
         for name, o in objectives.items()
     }
     # running means are refreshed at every fourth step: time four at once
-    running = steps["witness matching, running"]
-    costs = measure(steps | {"witness matching, running": lambda: [running() for _ in range(4)]}, device, repeats)
-    four = costs["witness matching, running"]
-    return costs | {"witness matching, running": Cost(four.seconds / 4, four.peak_mb)}
+    running = ("witness matching, running", "witness matching, encoder")
+    fours = {name: partial(repeated, steps[name], 4) for name in running}
+    costs = measure(steps | fours, device, repeats)
+    return costs | {name: Cost(costs[name].seconds / 4, costs[name].peak_mb) for name in running}
 
 
 DEFAULT_NETWORK = NetConfig().unet((8, 16, 16))
@@ -140,7 +148,7 @@ def representation_costs(
         batch = random_batch(levels, pairs_per_level, shape, 25, device)
         objective = witness_matching(device, network)
         step = training_step(objective, batch, False)
-        steps[name] = lambda step=step: [step() for _ in range(4)]  # running means are refreshed at every fourth step
+        steps[name] = partial(repeated, step, 4)  # running means are refreshed at every fourth step
         pairs[name], sizes[name] = levels * pairs_per_level, sum(p.numel() for p in objective.net.parameters())
     costs = measure(steps, device, repeats)
     return {

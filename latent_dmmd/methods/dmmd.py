@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from latent_dmmd.features import FeatureNet
+from latent_dmmd.features import BilinearFeatures
 from latent_dmmd.methods.base import register
 from latent_dmmd.methods.witness import PenaltyConfig, WitnessConfig, WitnessMethod
 from latent_dmmd.objective import DMMD
@@ -34,7 +34,7 @@ class DMMDMethod(WitnessMethod):
 
     name, title, config_class = "dmmd", "Deep MMD gradient flow", DMMDConfig
 
-    def objective(self, network: FeatureNet, averaged_net: nn.Module) -> DMMD:
+    def objective(self, network: BilinearFeatures, averaged_net: nn.Module) -> DMMD:
         options = self.options
         return DMMD(
             network,

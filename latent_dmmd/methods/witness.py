@@ -11,7 +11,7 @@ from latent_dmmd.data.autoencoder import Autoencoder
 from latent_dmmd.data.particles import Particles
 from latent_dmmd.discrepancy import get_discrepancy
 from latent_dmmd.embeddings import MeanEmbeddings
-from latent_dmmd.features import FeatureNet
+from latent_dmmd.features import FEATURE_NETS, BilinearFeatures
 from latent_dmmd.forward import FORWARD_PROCESSES, get_forward_process
 from latent_dmmd.methods.base import Method, MethodConfig, NetConfig, draw_pairs, latent_options
 from latent_dmmd.objective import RunningEmbeddings, WitnessObjective
@@ -102,10 +102,10 @@ class PenaltyConfig:
         check(self.gradient_weight >= 0, f"objective.gradient_weight must not be negative; got {self.gradient_weight}")
 
 
-def feature_net(net: NetConfig, shape: tuple[int, int, int], num_classes: int = 0) -> FeatureNet:
+def feature_net(net: NetConfig, shape: tuple[int, int, int], num_classes: int = 0) -> BilinearFeatures:
     """φ on particles of shape (C, h, w)."""
     options = dict(num_features=net.num_features, squared_norm=net.squared_norm)
-    return FeatureNet(**net.unet(shape, num_classes), **options)
+    return FEATURE_NETS[net.architecture](**net.unet(shape, num_classes), **options)
 
 
 class WitnessMethod(Method):
@@ -116,7 +116,7 @@ class WitnessMethod(Method):
     samplers: ClassVar[dict[str, dict]] = {name: {"sampler": name} for name in ("exact", "approximate")}
     options: WitnessConfig
 
-    def network(self, net: NetConfig, shape: tuple[int, int, int], num_classes: int = 0) -> FeatureNet:
+    def network(self, net: NetConfig, shape: tuple[int, int, int], num_classes: int = 0) -> BilinearFeatures:
         return feature_net(net, shape, num_classes)
 
     def objective_options(self) -> dict:
@@ -155,7 +155,7 @@ class WitnessMethod(Method):
 
     @torch.no_grad()
     def embeddings(
-        self, objective: WitnessObjective, feature_net: FeatureNet, particles: Particles, seed: int
+        self, objective: WitnessObjective, feature_net: BilinearFeatures, particles: Particles, seed: int
     ) -> MeanEmbeddings:
         """The stored mean embeddings: the running ones where the objective keeps them, measured on the data otherwise;
         and the scale of their witness's gradient, measured on the data."""
@@ -167,6 +167,7 @@ class WitnessMethod(Method):
             forward_process=self.options.forward_process,
             discrepancy=self.options.discrepancy_options(),
             num_classes=particles.num_classes(),
+            target=getattr(objective, "target", "displacement"),
         ).to(levels.device)
         embeddings.levels.copy_(levels)
         source = getattr(objective, "source", None)

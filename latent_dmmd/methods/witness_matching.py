@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from latent_dmmd.features import FeatureNet
+from latent_dmmd.features import BilinearFeatures
 from latent_dmmd.methods.base import register
 from latent_dmmd.methods.witness import WitnessConfig, WitnessMethod
-from latent_dmmd.objective import MeanEmbeddingSource, Segment, WitnessMatching
+from latent_dmmd.objective import MeanEmbeddingSource, Segment, Target, WitnessMatching
 from latent_dmmd.utils.errors import check
 
 
@@ -18,6 +18,8 @@ class WitnessMatchingConfig(WitnessConfig):
     Args:
         mean_embeddings: Source of the mean embeddings in training: "running", "ema" or "batch".
         segment: Train the witness of a level from there to the next "level", or on the "whole" way to the data.
+        target: Regress the gradient on the "displacement" of the level, x_t − x_0, or on the way that is left, from
+            below the level to above it, "restoring".
         momentum: Weight of the past in running means.
         refresh_every: Steps between refreshes of the running means.
     """
@@ -25,6 +27,7 @@ class WitnessMatchingConfig(WitnessConfig):
     name: str = "witness-matching"
     mean_embeddings: MeanEmbeddingSource = "running"
     segment: Segment = "level"
+    target: Target = "displacement"
     momentum: float = 0.97
     refresh_every: int = 4
 
@@ -40,7 +43,7 @@ class WitnessMatchingMethod(WitnessMethod):
 
     name, title, config_class = "witness-matching", "Deep MMD gradient flow", WitnessMatchingConfig
 
-    def objective(self, network: FeatureNet, averaged_net: nn.Module) -> WitnessMatching:
+    def objective(self, network: BilinearFeatures, averaged_net: nn.Module) -> WitnessMatching:
         options = self.options
         return WitnessMatching(
             network,
@@ -51,5 +54,6 @@ class WitnessMatchingMethod(WitnessMethod):
             refresh_every=options.refresh_every,
             num_points=options.num_points,
             segment=options.segment,
+            target=options.target,
             num_classes=network.config.num_classes,
         )

@@ -23,7 +23,7 @@ class UNetConfig:
         in_channels: Channels C of the particles.
         patch_size: Side of the non-overlapping patches that become the U-Net's pixels.
         block_out_channels: Width at each scale; the resolution halves from one to the next.
-        layers_per_block: Residual blocks per scale, on the way down and again on the way up.
+        layers_per_block: Residual blocks per scale, on the way down and again on the way up, if there is one.
         attention_levels: Whether each scale has attention.
         num_groups: Groups of the normalisation.
         conv_in_kernel: Side of the first convolution in patches; 1 is a plain patch embedding.
@@ -144,10 +144,10 @@ class PatchUNet(nn.Module):
 
     Args:
         unet: The sizes.
-        out_channels: Channels of the maps.
+        out_channels: Channels of the maps; None leaves out the way up, and there is `encode` only.
     """
 
-    def __init__(self, unet: UNetConfig, out_channels: int) -> None:
+    def __init__(self, unet: UNetConfig, out_channels: int | None) -> None:
         super().__init__()
         self.unet = unet
         widths, groups = list(unet.block_out_channels), unet.num_groups
@@ -164,12 +164,14 @@ class PatchUNet(nn.Module):
 
         attention = unet.attention_levels
         self.down = nn.ModuleList(scale(c, a, p) for c, a, p in zip(widths, attention, widths[:1] + widths))
-        self.up = nn.ModuleList(scale(c, a) for c, a in zip(widths[::-1], attention[::-1]))
+        if out_channels is not None:  # before `downsample`: checkpoints count parameters in this order
+            self.up = nn.ModuleList(scale(c, a) for c, a in zip(widths[::-1], attention[::-1]))
         self.downsample = nn.ModuleList(nn.Conv2d(c, c, 3, stride=2, padding=1) for c in widths[:-1])
-        self.upsample = nn.ModuleList(nn.Conv2d(c, 4 * d, 1) for c, d in zip(widths[:0:-1], widths[-2::-1]))
-        self.norm_out = nn.GroupNorm(min(groups, widths[0]), widths[0])
-        self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
         self.act = nn.SiLU()
+        if out_channels is not None:
+            self.upsample = nn.ModuleList(nn.Conv2d(c, 4 * d, 1) for c, d in zip(widths[:0:-1], widths[-2::-1]))
+            self.norm_out = nn.GroupNorm(min(groups, widths[0]), widths[0])
+            self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
 
     def maps(self, x: Tensor, t: Tensor, label: Tensor | int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """What the U-Net makes of particles.
@@ -186,6 +188,22 @@ class PatchUNet(nn.Module):
         Raises:
             ValueError: If x does not have the network's channels and size.
         """
+        x, scales, embedding = self.encode(x, t, label)
+        summary = self.summary(scales[-1], embedding)
+        h = scales.pop()
+        for i, blocks in enumerate(self.up):
+            h = self.apply_scale(blocks, h, embedding)
+            if i < len(self.upsample):
+                h = rearrange(self.upsample[i](h), "b (c p q) h w -> b c (h p) (w q)", p=2, q=2) + scales.pop()
+        return x, self.conv_out(self.act(self.norm_out(h))), summary
+
+    def encode(self, x: Tensor, t: Tensor, label: Tensor | int | None = None) -> tuple[Tensor, list[Tensor], Tensor]:
+        """The way down; arguments and errors as of `maps`.
+
+        Returns:
+            The patches, with shape (B, C p², H / p, W / p); the maps after the blocks of each scale i, with shape
+            (B, block_out_channels[i], H / (p 2^i), W / (p 2^i)); and the noise level's embedding, with shape (B, dim).
+        """
         expected = (self.unet.in_channels, self.unet.sample_size, self.unet.sample_size)
         if tuple(x.shape[1:]) != expected:
             raise ValueError(f"particles must have shape (B, {', '.join(map(str, expected))}); got {tuple(x.shape)}")
@@ -198,19 +216,16 @@ class PatchUNet(nn.Module):
             embedding = embedding + self.class_embedding(label.expand(len(x)))
 
         h = self.conv_in(x)
-        skips = []
+        scales = []
         for i, blocks in enumerate(self.down):
-            h = self.apply_scale(blocks, h, embedding)
-            if i < len(self.downsample):
-                skips.append(h)
-                h = self.downsample[i](h)
-        pooled = reduce(h, "b c h w -> b c", "mean")
-        for i, blocks in enumerate(self.up):
-            h = self.apply_scale(blocks, h, embedding)
-            if i < len(self.upsample):
-                h = rearrange(self.upsample[i](h), "b (c p q) h w -> b c (h p) (w q)", p=2, q=2) + skips.pop()
-        h = self.conv_out(self.act(self.norm_out(h)))
-        return x, h, torch.cat([pooled, embedding], dim=1)
+            h = self.apply_scale(blocks, self.downsample[i - 1](h) if i else h, embedding)
+            scales.append(h)
+        return x, scales, embedding
+
+    @staticmethod
+    def summary(bottleneck: Tensor, embedding: Tensor) -> Tensor:
+        """The pooled maps of the last scale beside the noise level's embedding, with shape (B, dim)."""
+        return torch.cat([reduce(bottleneck, "b c h w -> b c", "mean"), embedding], dim=1)
 
     @staticmethod
     def apply_scale(blocks: nn.ModuleList, h: Tensor, embedding: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from conftest import metrics
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from latent_dmmd.editing import LatentDMMDInpaintPipeline
 from latent_dmmd.methods import METHODS, Method, MethodConfig, register
 from latent_dmmd.methods.base import latent_options
 from latent_dmmd.methods.flow_matching import velocity_net
@@ -40,6 +41,34 @@ def test_baselines_train_and_sample_by_one_key(plain_arguments, method, term, sp
         for n in (1, 4)
     ]
     assert all(z.isfinite().all() and z.shape[0] == 3 for z in draws) and not torch.equal(*draws)
+
+
+@pytest.mark.parametrize("target", ["displacement", "restoring"])
+def test_an_encoder_trains_and_samples_by_one_key(arguments, target, tmp_path):
+    """And what is saved says how it is to be sampled."""
+    extra = ["--feature_net.architecture", "encoder", "--objective.target", target]
+    folder = train(parse_config(Config, [*arguments, *extra]))
+    index = json.loads((folder / "pipeline" / "model_index.json").read_text())
+    assert index["feature_net"] == ["latent_dmmd.features", "EncoderFeatureNet"]
+    pipe = load_pipeline(folder / "pipeline")
+    assert pipe.mean_embeddings.config.target == target
+    assert [name for name, _ in pipe.feature_net.named_children() if name.startswith("up")] == []
+    again = LatentDMMDInpaintPipeline.from_pipe(pipe)
+    assert again.feature_net is pipe.feature_net
+    for sampler in ("exact", "approximate", "hybrid"):
+        call = dict(batch_size=3, num_inference_steps=8, sampler=sampler, output_type="latent")
+        z = pipe(**call, generator=torch.Generator().manual_seed(0)).images
+        assert z.shape[0] == 3 and z.isfinite().all()
+
+
+def test_one_step_starts_from_an_encoder(arguments, plain_arguments, tmp_path):
+    teacher = train(parse_config(Config, [*arguments, "--feature_net.architecture", "encoder"])) / "pipeline"
+    extra = ["--objective.name", "one-step", "--objective.teacher", str(teacher), "--objective.num_pairs", "4"]
+    config = parse_config(Config, [*plain_arguments, *extra, "--output_dir", str(tmp_path / "one-step")])
+    shape = (4, 16, 16)
+    generator, phi = config.method.network(config.feature_net, shape), load_pipeline(teacher).feature_net
+    assert torch.equal(generator.conv_in.weight, phi.conv_in.weight)
+    assert torch.equal(generator.down[0][0].conv1.weight, phi.down[0][0].conv1.weight)
 
 
 @dataclass

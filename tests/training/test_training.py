@@ -225,6 +225,20 @@ def test_not_finite_stops_before_the_update(arguments, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "checkpoint-3").is_dir() and not (tmp_path / "run" / "pipeline").exists()
 
 
+def test_a_short_average_has_forgotten_its_warm_up(arguments):
+    """ema_decay below what the warm-up reaches is that decay from the first step on, but for what is forgotten."""
+    config = parse_config(Config, [*arguments, "--training.ema_decay", "0.9"])
+    with own_accelerator("no") as accelerator:
+        trainer = Trainer(config, (4, 2, 2), accelerator)
+        weight = trainer.network.conv_in.weight.data
+        expected = weight.clone()
+        for _ in range(300):
+            weight += torch.randn_like(weight)
+            trainer.ema.step(trainer.network.parameters())
+            expected += 0.1 * (weight - expected)
+        torch.testing.assert_close(trainer.averaged().conv_in.weight.data, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_batches_are_a_function_of_seed_rank_and_step(arguments):
     config = parse_config(Config, arguments)
     cache = LatentCache(((torch.randn(5, 2, 4, 2, 2), None),), torch.zeros(4), torch.ones(4))
