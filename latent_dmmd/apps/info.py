@@ -13,7 +13,7 @@ from latent_dmmd.data.folders import find_images
 from latent_dmmd.data.particles import counted_images, shard_path
 from latent_dmmd.latent_pipeline import bundled_pipelines, pipeline_folder
 from latent_dmmd.methods.base import METHODS
-from latent_dmmd.pipeline import PIPELINES, SamplingDefaults
+from latent_dmmd.pipeline import PIPELINES, SamplingDefaults, read_index
 from latent_dmmd.training.checkpoints import AVERAGES, MANIFEST, checkpoints_in, is_complete, step_of, steps_done
 from latent_dmmd.utils.errors import ConfigError
 
@@ -43,9 +43,9 @@ def describe_folder(path: str | Path) -> str:
 
 def pipeline(folder: Path) -> tuple[str, Facts] | None:
     """A saved or bundled pipeline."""
-    index = read_json(folder / "model_index.json")
-    if not index:
+    if not read_json(folder / "model_index.json"):
         return None
+    index = read_index(folder)
     name = index.get("_class_name")
     if name not in PIPELINES:
         vae = folder / "vae" if (folder / "vae").is_dir() else None
