@@ -54,7 +54,13 @@ def test_peak_memory_is_that_of_what_runs():
 def test_forwards_make_the_difference():
     """On a tiny network: every objective is timed, flow matching is the reference."""
     costs = objective_costs(torch.device("cpu"), TINY, pairs_per_level=4, levels_per_step=2, repeats=1)
-    assert {"flow matching", "witness matching, running", "witness matching, encoder", "dmmd, gaussian", "dmmd, kale"} <= costs.keys()
+    assert {
+        "flow matching",
+        "witness matching, running",
+        "witness matching, encoder",
+        "dmmd, gaussian",
+        "dmmd, kale",
+    } <= costs.keys()
     assert all(isinstance(cost, Cost) and cost.seconds > 0 for cost in costs.values())
 
 
