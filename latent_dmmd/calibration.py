@@ -3,8 +3,8 @@
 Witness matching regresses ∇f_t / ‖f_t‖_H on (x_t − x_0) / λ_t, so s_t = λ_t / ‖f_t‖_H should hold; but the averaged
 network has shorter gradients than the trained one. Other objectives fix a norm (one-centred penalty) or nothing. So s_t
 is measured: the least-squares factor E ⟨∇f_t, x_t − x_0⟩ / E ‖∇f_t‖² on draws of the forward process
-(`measure_gradients`), and then lengthened by as much as gradients on a flow's particles are shorter than there
-(`calibrate_on_particles`).
+(`measure_gradients`); and short steps are lengthened by as much as gradients on a flow's particles are shorter than
+there (`calibrate_on_particles`).
 """
 
 import sys
@@ -81,12 +81,12 @@ def calibrate_on_particles(
     z: Tensor,
     label: int | None = None,
 ) -> None:
-    """Make steps as long on the particles of a flow as on the forward process; `embeddings.gradient_scale` changes.
+    """Make short steps as long on the particles of a flow as on the forward process; fills `embeddings.lengthening`.
 
     Particles lag behind the forward process, and where they are, gradients are shorter; steps calibrated on the forward
     process alone then let the lag grow. Particles flow down the stored witness, one step per level, and at each level
-    the scale is multiplied by the ratio of the root mean squares of ‖∇f_t‖ on the forward process and on the particles,
-    within [1/2, 2].
+    the step is multiplied by the ratio r_t of the root mean squares of ‖∇f_t‖ on the forward process and on the
+    particles, within [1/2, 2].
 
     Args:
         feature_net: φ.
@@ -96,12 +96,13 @@ def calibrate_on_particles(
         label: The class; any class if None.
     """
     flow, row = ApproximateFlow(feature_net, embeddings, label), embeddings.row(label)
+    embeddings.lengthening[row] = 1
     for step in flow_schedule(embeddings, len(embeddings.levels), steps_per_level=1):
         scale, step_size = flow.coefficients(step)
         gradient = flow.gradient(z, step.level)
         norm = gradient.flatten(1).square().sum(1).mean().sqrt().item()
         ratio = min(2.0, max(0.5, gradient_norm[step.level] / norm)) if norm > 0 else 1.0
-        embeddings.gradient_scale[row, step.level] *= ratio
+        embeddings.lengthening[row, step.level] = ratio
         z = scale * z - ratio * step_size * gradient
 
 

@@ -27,6 +27,7 @@ class LevelEmbeddings:
         clean: Features of clean particles, or their mean, with shape (M, F) or (1, F).
         stored: The witness between the stored X_t and X_0.
         scale: s_t, for which s_t times the gradient of `stored` at x_t predicts x_t − x_0.
+        lengthening: r_t, how much longer a short step is.
     """
 
     t: Tensor
@@ -34,14 +35,29 @@ class LevelEmbeddings:
     clean: Tensor
     stored: Witness
     scale: float
+    lengthening: float = 1.0
 
     @classmethod
     def build(
-        cls, t: Tensor, discrepancy: Discrepancy, clean: Tensor, noisy: Tensor, scale: float
+        cls,
+        t: Tensor,
+        discrepancy: Discrepancy,
+        clean: Tensor,
+        noisy: Tensor,
+        scale: float,
+        lengthening: float = 1.0,
     ) -> "LevelEmbeddings":
         """From the features of X_0 and X_t, or their means, with shapes (M, F) and (M', F)."""
         discrepancy = replace(discrepancy, kernel=discrepancy.kernel.fitted(noisy, clean))
-        return cls(t, discrepancy, clean, discrepancy.witness(noisy, clean), scale)
+        return cls(t, discrepancy, clean, discrepancy.witness(noisy, clean), scale, lengthening)
+
+    def step_scale(self, fraction: float) -> float:
+        """s_t (1 + (r_t − 1) (1 − δ)⁴) for a step of the fraction δ in [0, 1] of the remaining way.
+
+        A step of the whole way ends at the prediction of x_0, where the least-squares scale is best. Short steps let
+        particles lag, and are longer. The power was chosen on validation images.
+        """
+        return self.scale * (1 + (self.lengthening - 1) * (1 - fraction) ** 4)
 
     def exact(self, phi: Tensor, rescale: bool = True) -> Witness:
         """The witness between particles of features φ (N, F) and X_0, at the stored one's norm if `rescale`."""
@@ -57,8 +73,8 @@ class MeanEmbeddings(ModelMixin, ConfigMixin):
 
     Buffers, for the noise levels t_1 < … < t_T and the classes 0 … C − 1, whose last row C is for any class: `levels`,
     with shape (T); `clean` and `noisy`, the mean embeddings of X_0 and X_t, with shape (C + 1, T, F), or
-    (C + 1, T, M, F); and `gradient_scale`, the s_t for which s_t times the gradient of the stored witness at x_t
-    predicts x_t − x_0, with shape (C + 1, T).
+    (C + 1, T, M, F); `gradient_scale`, the s_t for which s_t times the gradient of the stored witness at x_t predicts
+    x_t − x_0, with shape (C + 1, T); and `lengthening`, the factor r_t of short steps, shaped like it.
 
     A witness is a small difference of means, so they stay in float32 where a pipeline is cast to less.
 
@@ -99,6 +115,7 @@ class MeanEmbeddings(ModelMixin, ConfigMixin):
         rows, points = num_classes + 1, (num_points,) if num_points else ()
         self.register_buffer("levels", torch.zeros(num_noise_levels))
         self.register_buffer("gradient_scale", torch.zeros(rows, num_noise_levels))
+        self.register_buffer("lengthening", torch.ones(rows, num_noise_levels))
         for name in ("clean", "noisy"):
             self.register_buffer(name, torch.zeros(rows, num_noise_levels, *points, num_features))
         add_class_dimension(self)
@@ -120,6 +137,11 @@ class MeanEmbeddings(ModelMixin, ConfigMixin):
             setattr(self, name, unrounded(buffer, getattr(self, name)))
         return self
 
+    def _fix_state_dict_keys_on_load(self, state_dict: dict[str, Tensor]) -> None:
+        """As of `ModelMixin`; steps that were calibrated before there was a `lengthening` are not lengthened."""
+        super()._fix_state_dict_keys_on_load(state_dict)
+        state_dict.setdefault("lengthening", torch.ones_like(state_dict["gradient_scale"]))
+
     def row(self, label: int | None) -> int:
         """Where a class is stored; any class if None. Raises ValueError if there is no such class."""
         num_classes = self.config.num_classes
@@ -139,8 +161,8 @@ class MeanEmbeddings(ModelMixin, ConfigMixin):
     def at_level(self, k: int, label: int | None = None) -> LevelEmbeddings:
         """What is stored of level k and a class, ready for evaluation; any class if None."""
         clean, noisy = self.points(k, label)
-        scale = self.gradient_scale[self.row(label), k].item()
-        return LevelEmbeddings.build(self.levels[k], self.discrepancy, clean, noisy, scale)
+        scale, lengthening = (a[self.row(label), k].item() for a in (self.gradient_scale, self.lengthening))
+        return LevelEmbeddings.build(self.levels[k], self.discrepancy, clean, noisy, scale, lengthening)
 
 
 def add_class_dimension(module: nn.Module) -> None:

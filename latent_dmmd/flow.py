@@ -21,6 +21,9 @@ right. For the linear interpolant a = 1, and N_s equal steps from t to the next 
 
     η_t = s_t (1 − t' / t) / N_s,       t' = 0 after the last level.
 
+A step of a fraction δ of the remaining way is up to r_t times as long, `LevelEmbeddings.step_scale`: many short steps
+would fall behind, and a single step to the data is best as it is.
+
 **Restoring witnesses.** Trained on the way that is left, s_t ∇f_t(z) ≈ z − x_0 at any level s of the particle near t,
 and not the displacement of level t. A step then goes the fraction of the remaining way, with t = s in the
 coefficients: η = s_t (1 − e / s) for the linear interpolant.
@@ -180,8 +183,10 @@ class Flow:
             return 1.0, self.step_size
         restoring = self.embeddings.config.target == "restoring"
         t = step.start if restoring else self.embeddings.levels[step.level].double().item()
-        scale, fraction = self.embeddings.process.step_coefficients(t, step.start, step.end)
-        return scale, self.level(step.level).scale * fraction
+        process = self.embeddings.process
+        scale, fraction = process.step_coefficients(t, step.start, step.end)
+        at_start, at_end = process.displacement(torch.tensor([step.start, step.end], device="cpu")).tolist()
+        return scale, self.level(step.level).step_scale(1 - at_end / at_start) * fraction
 
     def level(self, k: int) -> LevelEmbeddings:
         """The embeddings of level k, built once while the flow stays there."""
@@ -318,7 +323,8 @@ class GuidedFlow(ApproximateFlow):
             torch.cat([self.guidance_scale * (ours * a), (1 - self.guidance_scale) * (theirs * b)], dim=1)
             for a, b in zip(stored.points(k, self.label), stored.points(k))
         )
-        return LevelEmbeddings.build(stored.levels[k], stored.discrepancy, clean, noisy, scale=1.0)
+        lengthening = stored.lengthening[stored.row(self.label), k].item()
+        return LevelEmbeddings.build(stored.levels[k], stored.discrepancy, clean, noisy, 1.0, lengthening)
 
 
 FLOWS: dict[str, type[Flow]] = {"exact": ExactFlow, "approximate": ApproximateFlow, "hybrid": HybridFlow}

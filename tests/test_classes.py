@@ -215,7 +215,7 @@ def test_the_flow_of_a_class_is_that_of_features_bound_to_it(build):
     phi, stored, z = net().double(), class_embeddings().double(), torch.randn(5, 2, 4, 4, dtype=torch.float64)
     for label in (0, 2, None):
         bound, alone = partial(phi, label=label), random_embeddings().double()
-        for name in ("clean", "noisy", "gradient_scale"):
+        for name in ("clean", "noisy", "gradient_scale", "lengthening"):
             getattr(alone, name).copy_(getattr(stored, name)[stored.row(label)])
         steps = [FlowStep(2, 0.75, 0.5), FlowStep(1, 0.5, 0.0)]
         expected = build(bound, alone).run(z, steps)
@@ -224,13 +224,13 @@ def test_the_flow_of_a_class_is_that_of_features_bound_to_it(build):
 
 def test_calibration_of_a_class_is_that_of_features_bound_to_it():
     phi, stored, z = net().double(), class_embeddings().double(), torch.randn(8, 2, 4, 4, dtype=torch.float64)
-    alone, before = random_embeddings().double(), stored.gradient_scale.clone()
-    for name in ("clean", "noisy", "gradient_scale"):
+    alone, before = random_embeddings().double(), stored.lengthening.clone()
+    for name in ("clean", "noisy", "gradient_scale", "lengthening"):
         getattr(alone, name).copy_(getattr(stored, name)[1])
     calibrate_on_particles(phi, stored, [0.2] * 4, z, label=1)
     calibrate_on_particles(partial(phi, label=1), alone, [0.2] * 4, z)
-    torch.testing.assert_close(stored.gradient_scale[1], alone.gradient_scale[0])
-    changed = (stored.gradient_scale != before).any(1)
+    torch.testing.assert_close(stored.lengthening[1], alone.lengthening[0])
+    changed = (stored.lengthening != before).any(1)
     assert changed.tolist() == [False, True, False, False]
 
 
@@ -279,6 +279,7 @@ def test_the_guided_flow_is_the_combination_of_two(guidance_scale):
     """s_∅ ∇f_∅ + γ (s_c ∇f_c − s_∅ ∇f_∅), in chunks and in whole, by a calibrated step and by a constant one."""
     phi, stored, z = net().double(), class_embeddings().double(), torch.randn(5, 2, 4, 4, dtype=torch.float64)
     step = FlowStep(2, 0.75, 0.5)
+    stored.lengthening[stored.row(1), 2] = 1.5
     ours, theirs = (
         stored.gradient_scale[stored.row(label), 2] * ApproximateFlow(phi, stored, label).gradient(z, 2)
         for label in (1, None)
@@ -287,7 +288,7 @@ def test_the_guided_flow_is_the_combination_of_two(guidance_scale):
     for chunk_size in (None, 2):
         flow = GuidedFlow(phi, stored, 1, guidance_scale, chunk_size=chunk_size)
         torch.testing.assert_close(flow.gradient(z, 2), displacement)
-        torch.testing.assert_close(flow.step(z, step), z - displacement / 3)
+        torch.testing.assert_close(flow.step(z, step), z - displacement / 3 * (1 + 0.5 * (2 / 3) ** 4))
     constant = GuidedFlow(phi, stored, 1, guidance_scale, step_size=0.1)
     torch.testing.assert_close(constant.step(z, step), z - 0.1 * displacement)
 

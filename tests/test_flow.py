@@ -35,8 +35,8 @@ class Smooth(nn.Module):
         return self.b(torch.tanh(self.a(x.flatten(1))) * (1 + t.reshape(-1, 1)))
 
 
-def embeddings_for(clean, noisy, levels=(0.25, 0.5, 0.75, 1.0), scale=1.0):
-    stored = MeanEmbeddings(len(levels), clean.shape[-1]).to(clean.dtype)
+def embeddings_for(clean, noisy, levels=(0.25, 0.5, 0.75, 1.0), scale=1.0, **options):
+    stored = MeanEmbeddings(len(levels), clean.shape[-1], **options).to(clean.dtype)
     stored.levels.copy_(torch.tensor(levels))
     stored.gradient_scale.fill_(scale)
     stored.clean.copy_(clean)
@@ -365,14 +365,29 @@ def test_calibration_makes_steps_as_long_on_particles_as_on_the_forward_process(
 
     wanted = [1.1 * length(z, level).item() for level in range(4)]
     calibrate_on_particles(net, stored, wanted, z)
-    # the flow with the new scales: each level's is the ratio at the particles that reach it
+    # the flow with steps of full length: each level's factor is the ratio at the particles that reach it
     flow = ApproximateFlow(net, stored)
     for step in flow_schedule(stored, 4, 1):
         expected = wanted[step.level] / length(z, step.level)
         assert 0.5 < expected < 2
-        torch.testing.assert_close(stored.gradient_scale[0, step.level].double(), expected, rtol=1e-5, atol=0)
-        z = flow.step(z, step)
-    assert (stored.gradient_scale[0, :3] - 1.1).abs().min() > 1e-3  # it did depend on them
+        torch.testing.assert_close(stored.lengthening[0, step.level].double(), expected, rtol=1e-5, atol=0)
+        z = z - expected * (1 - step.end / step.start) * flow.gradient(z, step.level)
+    assert (stored.lengthening[0, :3] - 1.1).abs().min() > 1e-3  # it did depend on them
+    assert stored.gradient_scale.eq(1).all()
+
+
+@pytest.mark.parametrize("target", ["displacement", "restoring"])
+@pytest.mark.parametrize("sampler", ["exact", "approximate", "hybrid"])
+def test_short_steps_are_lengthened_and_a_step_to_the_data_is_not(sampler, target):
+    stored = embeddings_for(torch.zeros(8), torch.ones(8), target=target)
+    flow, longer = (get_flow(sampler, Identity(), stored) for _ in range(2))
+    steps = flow_schedule(stored, 4, 3)
+    before = [flow.coefficients(step)[1] for step in steps]
+    stored.lengthening.fill_(1.5)
+    for step, size in zip(steps, before):
+        left = step.end / step.start
+        assert longer.coefficients(step)[1] == pytest.approx(size * (1 + 0.5 * left**4), rel=1e-6)
+    assert longer.coefficients(FlowStep(3, 1.0, 0.0))[1] == pytest.approx(1.0)
 
 
 def test_calibration_is_bounded_and_leaves_what_has_no_gradient():
@@ -380,10 +395,10 @@ def test_calibration_is_bounded_and_leaves_what_has_no_gradient():
     gap = torch.tensor([3.0, 4.0, 0, 0, 0, 0, 0, 0], dtype=torch.float64)  # gradients of length 5 everywhere
     stored = embeddings_for(0 * gap, gap)
     calibrate_on_particles(Identity(), stored, [5.0, 6.0, 50.0, 0.5], z)
-    assert stored.gradient_scale[0].tolist() == [1.0, 1.2, 2.0, 0.5]
+    torch.testing.assert_close(stored.lengthening[0], torch.tensor([1.0, 1.2, 2.0, 0.5]).double())
     still = embeddings_for(0 * gap, 0 * gap)
     calibrate_on_particles(Identity(), still, [5.0] * 4, z)
-    assert still.gradient_scale[0].tolist() == [1.0] * 4
+    assert still.lengthening[0].tolist() == [1.0] * 4
 
 
 @pytest.mark.parametrize(
