@@ -11,7 +11,11 @@ from latent_dmmd.utils.errors import ConfigError, one_line
 # keys of a call, not of what is trained
 CALL = ("output_dir", "resume_from_checkpoint", "dry_run")
 # what was done before a key existed, where that is not the key's default
-BEFORE = {"objective.segment": "whole"}
+BEFORE = {
+    "feature_net.architecture": "unet",
+    "objective.segment": "whole",
+    "objective.target": "displacement",
+}
 ABSENT = "absent"
 
 
