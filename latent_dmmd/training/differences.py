@@ -50,7 +50,8 @@ def saved_values(config: object, path: Path) -> dict:
         raise ConfigError(f"cannot read {path}: {one_line(error)}; choose another --output_dir") from error
     if not isinstance(saved, dict):
         raise ConfigError(f"{path} holds no configuration; choose another --output_dir")
-    return flatten(defaults(config)) | BEFORE | flatten(saved)
+    values = flatten(defaults(config))
+    return values | {name: value for name, value in BEFORE.items() if name in values} | flatten(saved)
 
 
 def differing_keys(config: object, path: Path) -> dict[str, str]:
