@@ -225,7 +225,7 @@ BAD_LABELS = {
     "all missing": ([None] * 8, "names no class in 8 of 8 rows: 0, 1, 2, 3, 4, …"),
     "floats": ([0.5, 1.0], "holds float64, such as 0.5 in row 0"),
     "truth values": ([True, False], "holds bool, such as True in row 0"),
-    "lists": ([[0], [1]], "holds List, such as [0] in row 0"),
+    "lists": ([[0], [1]], "ist, such as [0] in row 0"),
 }
 
 
