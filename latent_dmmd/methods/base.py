@@ -25,7 +25,8 @@ class NetConfig:
         patch_size: Side of the patches of latents that become the U-Net's pixels.
         block_out_channels: Width at each scale.
         layers_per_block: Residual blocks per scale, on the way down and on the way up.
-        architecture: φ from the whole "unet", or from its way down alone, the "encoder"; other networks are whole.
+        architecture: φ from the way down of the U-Net alone, the "encoder", or from all of it, the "unet"; networks of
+            other methods are whole.
         attention_levels: Whether each scale has attention.
         conv_in_kernel: Side of the first convolution in patches, odd; 1 is a plain patch embedding.
         squared_norm: Whether φ sees the squared norm of its input, for patches with more numbers than features.
@@ -38,7 +39,7 @@ class NetConfig:
     attention_levels: list[bool] = field(default_factory=lambda: [False, True])
     conv_in_kernel: int = 3
     squared_norm: bool = False
-    architecture: Literal["unet", "encoder"] = "unet"
+    architecture: Literal["unet", "encoder"] = "encoder"
 
     def __post_init__(self) -> None:
         for name in ("num_features", "patch_size", "layers_per_block"):

@@ -1,4 +1,4 @@
-"""Witness matching, the default: the witness gradient regressed on the displacement x_t − x_0."""
+"""Witness matching, the default: the witness gradient regressed on the way to the data."""
 
 from dataclasses import dataclass
 
@@ -18,8 +18,8 @@ class WitnessMatchingConfig(WitnessConfig):
     Args:
         mean_embeddings: Source of the mean embeddings in training: "running", "ema" or "batch".
         segment: Train the witness of a level from there to the next "level", or on the "whole" way to the data.
-        target: Regress the gradient on the "displacement" of the level, x_t − x_0, or on the way that is left, from
-            below the level to above it, "restoring".
+        target: Regress the gradient on the way that is left, from below the level to above it, "restoring", or on the
+            "displacement" of the level, x_t − x_0.
         momentum: Weight of the past in running means.
         refresh_every: Steps between refreshes of the running means.
     """
@@ -27,7 +27,7 @@ class WitnessMatchingConfig(WitnessConfig):
     name: str = "witness-matching"
     mean_embeddings: MeanEmbeddingSource = "running"
     segment: Segment = "level"
-    target: Target = "displacement"
+    target: Target = "restoring"
     momentum: float = 0.97
     refresh_every: int = 4
 

@@ -110,14 +110,14 @@ class TrainingConfig:
         init_from: A saved or bundled pipeline whose network's weights training begins with; random weights if null.
     """
 
-    num_steps: int = 1000
+    num_steps: int = 1850
     levels_per_step: int = 8
     pairs_per_level: int = 8
     learning_rate: float = 1e-3
     learning_rate_schedule: Literal["cosine", "constant"] = "cosine"
     num_warmup_steps: int = 50
     max_grad_norm: float = 1.0
-    ema_decay: float = 0.999
+    ema_decay: float = 0.99
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     checkpointing_steps: int = 500
     checkpoints_total_limit: int = 2

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from latent_dmmd.training.config import Config, as_dict, parse_config, save_config
-from latent_dmmd.training.differences import differing_keys, flatten
+from latent_dmmd.training.differences import BEFORE, differing_keys, flatten
 from latent_dmmd.utils.errors import ConfigError
 
 OF_0_1 = Path(__file__).parent / "config-0.1.0.yaml"
@@ -23,7 +23,7 @@ def test_a_call_and_what_it_trains(path):
     args = "--training.num_steps 9 --objective.name dmmd --output_dir elsewhere --resume_from_checkpoint latest".split()
     assert differing_keys(parse_config(Config, args), path) == {
         "objective.name": "dmmd (was witness-matching)",
-        "training.num_steps": "9 (was 1000)",
+        "training.num_steps": "9 (was 1850)",
     }
 
 
@@ -43,7 +43,7 @@ def test_values_are_shown_as_the_command_line_takes_them(path, args, expected):
 
 def test_a_key_that_came_later_has_the_value_from_before(path):
     """Every key of every group, one at a time: what was not written was not asked for."""
-    whole = parse_config(Config, ["--objective.segment", "whole"])
+    whole = parse_config(Config, [f"--{name}={value}" for name, value in BEFORE.items()])
     for name in flatten(as_dict(whole)):
         if name in ("objective.name", "output_dir", "resume_from_checkpoint"):
             continue
@@ -55,8 +55,15 @@ def test_a_key_that_came_later_has_the_value_from_before(path):
 
 
 def test_the_way_of_before_segments_is_the_whole():
-    kept = ["--training.mixed_precision", "bf16", "--sampling.sampler", "exact"]
+    kept = ["--config", "elpv256_unet", "--training.mixed_precision", "bf16", "--sampling.sampler", "exact"]
     assert differing_keys(parse_config(Config, kept), OF_0_1) == {"objective.segment": "level (was whole)"}
+    assert differing_keys(parse_config(Config, kept[2:]), OF_0_1) == {
+        "feature_net.architecture": "encoder (was unet)",
+        "objective.segment": "level (was whole)",
+        "objective.target": "restoring (was displacement)",
+        "training.num_steps": "1850 (was 1000)",
+        "training.ema_decay": "0.99 (was 0.999)",
+    }
     assert differing_keys(parse_config(Config, [*kept, "--objective.segment", "whole"]), OF_0_1) == {}
 
 
@@ -66,6 +73,7 @@ def test_the_papers_objective_of_0_1(path):
     saved["objective"]["name"] = "dmmd"
     path.write_text(yaml.safe_dump(saved))
     kept = ["--training.mixed_precision", "bf16", "--sampling.sampler", "exact", "--objective.name", "dmmd"]
+    kept += ["--feature_net.architecture", "unet", "--training.num_steps", "1000", "--training.ema_decay", "0.999"]
     assert differing_keys(parse_config(Config, kept), path) == {}
     assert differing_keys(parse_config(Config, [*kept, "--objective.gradient_weight", "2.0"]), path) == {
         "objective.gradient_weight": "2.0 (was 1.0)"

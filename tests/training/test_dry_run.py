@@ -45,7 +45,7 @@ def test_a_first_run(plan, tmp_path, monkeypatch, workshop):
     assert lines["particles"] == "4 × 16 × 16, latents, finite"
     assert lines["encoding"].startswith("12 images of ") and lines["encoding"].endswith("s")
     assert str(tmp_path / "home" / "latent_dmmd") in lines["cache"]
-    assert lines["network"].endswith("parameters (FeatureNet)")
+    assert lines["network"].endswith("parameters (EncoderFeatureNet)")
     assert re.fullmatch(r"6 steps of [\d.e-]+ s, about \d+ s", lines["training"])
     assert re.fullmatch(r"[\d,]+ MB", lines["peak memory"])
     assert "(2 + 1 checkpoints of 0 MB, pipeline)" in lines["run folder"]
