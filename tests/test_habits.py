@@ -202,9 +202,7 @@ def skip_before_torch_2_7(why):
 
 def enable_group_offload(pipe, device):
     if device == "cpu":
-        skip_before_torch_2_7(
-            "diffusers asks PyTorch for an accelerator, and 2.6 raises where there is none"
-        )
+        skip_before_torch_2_7("diffusers asks PyTorch for an accelerator, and 2.6 raises where there is none")
     pipe.enable_group_offload(torch.device(device), offload_type="leaf_level")
 
 

@@ -13,7 +13,7 @@ from latent_dmmd.data.sources import OnBadImage, load_images
 from latent_dmmd.metrics.evaluation import evaluate
 from latent_dmmd.metrics.extractors import Reconstructions
 from latent_dmmd.metrics.reference import Reference, load_real_set
-from latent_dmmd.metrics.sets import check_npz, load_set, save_samples
+from latent_dmmd.metrics.sets import ScoredImages, check_npz, load_set, save_samples
 from latent_dmmd.utils.files import check_writable
 
 FLOORS = {"elpv:heldout": "elpv:train", "elpv:validation": "elpv:fit"}  # more real images, of the same kind
@@ -37,6 +37,9 @@ def main(args: list[str] | None = None) -> None:
     reading["generator"] = torch.Generator().manual_seed(args.seed)
     generated = load_set(args.generated, **reading)
     reference = load_real_set(args.reference, args.extractor, **reading)
+    for images in (generated, reference):
+        if isinstance(images, ScoredImages) and images.description:
+            print(images.description)
     if isinstance(reference, Reference) and args.autoencoder is not None:
         raise ValueError(f"{args.reference} holds no images to reconstruct; leave out --autoencoder")
     autoencoder = args.autoencoder

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from latent_dmmd.data.sources import ImageDataset, OnBadImage, load_images
+from latent_dmmd.data.sources import ImageDataset, OnBadImage, describe, load_images
 from latent_dmmd.utils.errors import DataError, one_line
 from latent_dmmd.utils.files import check_writable, write_aside
 
@@ -38,6 +38,7 @@ class ScoredImages(Dataset):
         preprocessing: How they were read, None if that is not known.
         file_format: Pillow's name of the format of most files, such as PNG or JPEG, or "uncompressed".
         skipped: Names of images that cannot be read and are left out.
+        description: What was found under the name, and what was passed over; None if that is not known.
     """
 
     images: Dataset[Tensor] | Tensor
@@ -45,6 +46,7 @@ class ScoredImages(Dataset):
     preprocessing: str | None = None
     file_format: str | None = None
     skipped: tuple[str, ...] = ()
+    description: str | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -77,17 +79,17 @@ def load_set(
         DataError: If there is no such set, or it holds no images.
     """
     if is_npz(name_or_path):
-        images, format_ = load_samples(name_or_path, resolution), "uncompressed"
+        images, format_, description = load_samples(name_or_path, resolution), "uncompressed", None
     else:
         images = load_images(name_or_path, resolution)
-        format_ = file_format(images)
+        format_, description = file_format(images), describe(images)
     order, skipped = list(range(len(images))), []
     if num_images is not None:
         order = torch.randperm(len(images), generator=generator, device="cpu").tolist()
     if on_bad_image == "skip":
         order, skipped = readable(images, order, num_images)
     subset = Subset(images, order[:num_images])
-    return ScoredImages(subset, name_or_path, READING, format_, tuple(skipped))
+    return ScoredImages(subset, name_or_path, READING, format_, tuple(skipped), description)
 
 
 def readable(images: ImageDataset, order: list[int], num_images: int | None) -> tuple[list[int], list[str]]:

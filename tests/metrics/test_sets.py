@@ -113,6 +113,12 @@ def test_images_that_cannot_be_read_are_left_out_by_name(tiny_images):
         stacked(load_set(str(tiny_images), 32))
 
 
+def test_what_was_found_and_passed_over_is_said(tiny_images):
+    (tiny_images / "notes.txt").write_text("notes")
+    found = f"data: 12 images of {tiny_images}\npassed over 1 other file: 1 .txt"
+    assert load_set(str(tiny_images), 32).description == found
+
+
 def test_a_draw_is_of_images_that_can_be_read(tiny_images):
     for path in sorted(tiny_images.iterdir())[::2]:
         path.write_bytes(b"damaged")
