@@ -60,12 +60,12 @@ def check_run_folder(config: object, may_differ: tuple[str, ...] = ()) -> Path:
 def prepare_run_folder(config: object, may_differ: tuple[str, ...] = ()) -> Path:
     """`check_run_folder`, and make the folder. Raises OSError if it cannot be made."""
     folder = check_run_folder(config, may_differ)
-    check_writable(folder, "output_dir")
+    nearest_writable(folder, "output_dir")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def check_writable(folder: Path, key: str) -> Path:
+def nearest_writable(folder: Path, key: str) -> Path:
     """The nearest folder that is there, itself or above it. Raises OSError, with the key, if it cannot be written."""
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not there.is_dir():

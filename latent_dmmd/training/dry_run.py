@@ -28,9 +28,9 @@ from latent_dmmd.data.sources import ImageSource, describe
 from latent_dmmd.methods.base import Method
 from latent_dmmd.training.checkpoints import (
     check_run_folder,
-    check_writable,
     checkpoint_to_resume,
     checkpoints_in,
+    nearest_writable,
     steps_done,
 )
 from latent_dmmd.training.config import Config, DataConfig
@@ -191,7 +191,7 @@ def megabytes(tensors: Iterable[Tensor]) -> float:
 
 def room(folder: Path, needed_mb: float, key: str) -> str:
     """What a folder needs and has, in MB. Raises OSError if it cannot be written or that is too little."""
-    free = shutil.disk_usage(check_writable(folder, key)).free / 2**20
+    free = shutil.disk_usage(nearest_writable(folder, key)).free / 2**20
     if free < needed_mb:
         raise OSError(f"cannot write {folder}: needs {needed_mb:,.0f} MB, {free:,.0f} MB are free; pass another {key}")
     return f"{needed_mb:,.0f} MB of {free:,.0f} MB that are free in {folder}"
