@@ -18,6 +18,7 @@ from latent_dmmd.utils.images import to_pixels, to_uint8
 AUTOENCODERS = {cls.__name__: cls for cls in (AutoencoderKL, AutoencoderTiny, AutoencoderDC)}
 Autoencoder = AutoencoderKL | AutoencoderTiny | AutoencoderDC
 
+ROUNDING_ERROR = (2 / 255) ** 2 / 12  # mean square of rounding pixels in [-1, 1] to 8 bits
 BUNDLED_AUTOENCODER = "elpv-vae"  # a name, so that saved configurations hold on every machine
 BUNDLED_AT = files("latent_dmmd") / "assets" / "elpv-dmmd" / "vae"
 
@@ -94,6 +95,26 @@ def unstandardise(latents: Tensor, mean: Tensor | list[float], std: Tensor | lis
     """z · std + mean per channel; latents (…, C, h, w)."""
     mean, std = (rearrange(torch.as_tensor(a, device=latents.device).to(latents), "c -> c 1 1") for a in (mean, std))
     return latents * std + mean
+
+
+def psnr(reconstruction: Tensor, pixels: Tensor) -> Tensor:
+    """10 log10(4 / mean squared error) of each image, in dB, with shape (B); 58.9 dB, that of rounding, at most.
+
+    Args:
+        reconstruction: Decoded pixels, which are clamped to [-1, 1], with shape (B, 3, H, W).
+        pixels: The originals, in [-1, 1].
+    """
+    error = (reconstruction.clamp(-1, 1) - pixels).square().mean((1, 2, 3))
+    # at an error of 0 a mean over images would be infinite
+    return 10 * (4 / error.clamp(min=ROUNDING_ERROR)).log10()
+
+
+def check_finite_images(names: list[str], *tensors: Tensor) -> None:
+    """Raise FloatingPointError with the name of the first image whose row in one of the tensors is not finite."""
+    finite = torch.stack([a.isfinite().flatten(1).all(1) for a in tensors]).all(0)
+    if not finite.all():
+        culprit = names[int(finite.int().argmin())]
+        raise FloatingPointError(f"the autoencoder returns values that are not finite for {culprit}; use it in float32")
 
 
 @torch.no_grad()

@@ -20,7 +20,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from latent_dmmd.data.autoencoder import Autoencoder, autoencoder_hash, encode_moments, standardise
+from latent_dmmd.data.autoencoder import (
+    Autoencoder,
+    autoencoder_hash,
+    check_finite_images,
+    encode_moments,
+    standardise,
+)
 from latent_dmmd.data.sources import ImageSource, OnBadImage
 from latent_dmmd.utils.errors import DataError
 from latent_dmmd.utils.files import write_aside, write_json
@@ -353,12 +359,7 @@ def encode_shard(
         views = [pixels, pixels.flip(-1)] if horizontal_flip else [pixels]
         moments = [encode_moments(vae, view) for view in views]
         mean, std = (torch.stack(values, dim=1).cpu() for values in zip(*moments))
-        finite = (mean.isfinite() & std.isfinite()).flatten(1).all(1)
-        if not finite.all():
-            culprit = list(good)[int(finite.int().argmin())]
-            raise FloatingPointError(
-                f"the autoencoder returns values that are not finite for {culprit}; use it in float32"
-            )
+        check_finite_images(list(good), mean, std)
         parts["mean"].append(mean)
         parts["std"].append(std)
         square = mean.double().square() + std.double().square()

@@ -34,6 +34,7 @@ from latent_dmmd.training.checkpoints import (
     steps_done,
 )
 from latent_dmmd.training.config import Config, DataConfig
+from latent_dmmd.training.first_look import first_look
 from latent_dmmd.training.setup import Setup, may_differ, set_up
 from latent_dmmd.training.trainer import Trainer
 from latent_dmmd.utils.benchmark import measure, peak_memory_mb
@@ -59,6 +60,7 @@ def dry_run(config: Config, accelerator: Accelerator) -> Path:
     parts = set_up(config, accelerator)
     resume_from = checkpoint_to_resume(folder, config.resume_from_checkpoint, options.num_steps)
     network = parts.trainer.network
+    lines, _ = first_look(parts.vae, parts.source, config) if accelerator.is_main_process else ([], None)
     particles, seconds_per_image = few_particles(parts, config)
     plan = {
         "mixed precision": "{} ({})".format(*precision_and_reason(options.mixed_precision)),
@@ -87,7 +89,7 @@ def dry_run(config: Config, accelerator: Accelerator) -> Path:
     if options.notes():
         plan["note"] = "; ".join(options.notes())
     accelerator.print("dry run: nothing is written")
-    accelerator.print(describe(parts.source))
+    accelerator.print("\n".join([describe(parts.source), *lines]))
     accelerator.print("\n".join(f"{name + ':':17}{value}" for name, value in plan.items()))
     return folder
 

@@ -27,6 +27,7 @@ from latent_dmmd.training.checkpoints import (
 )
 from latent_dmmd.training.config import Config, save_config
 from latent_dmmd.training.dry_run import dry_run
+from latent_dmmd.training.first_look import first_look
 from latent_dmmd.training.metrics_file import MetricsFile, plot_losses
 from latent_dmmd.training.publishing import log_samples, sample_grid, save_pipeline
 from latent_dmmd.training.setup import check_tracker, load_particles, may_differ, set_up
@@ -144,7 +145,8 @@ def train_with(config: Config, accelerator: Accelerator) -> Path:
         accelerator.print(f"note: {note}")
     check_run_folder(config, may_differ(options))
     vae, source, _, trainer = set_up(config, accelerator)
-    accelerator.print(describe(source))
+    lines, fit = first_look(vae, source, config) if accelerator.is_main_process else ([], None)
+    accelerator.print("\n".join([describe(source), *lines]))
     with accelerator.main_process_first():
         folder = prepare_run_folder(config, may_differ(options))
         pass_over_incomplete(accelerator, folder)
@@ -177,7 +179,7 @@ def train_with(config: Config, accelerator: Accelerator) -> Path:
     if accelerator.is_main_process:
         pipeline = trainer.pipeline(vae, particles)
         with writing(folder / "pipeline", folder):
-            save_pipeline(pipeline, config, folder / "pipeline", len(particles))
+            save_pipeline(pipeline, config, folder / "pipeline", len(particles), fit)
         samples = sample_grid(pipeline, source, particles.skipped, config)
         with writing(folder / "samples.png", folder):
             samples.save(folder / "samples.png")

@@ -12,23 +12,26 @@ from latent_dmmd.data.particles import Particles
 from latent_dmmd.data.sources import ImageSource
 from latent_dmmd.pipeline import LatentPipeline
 from latent_dmmd.training.config import Config, as_dict
+from latent_dmmd.training.first_look import AutoencoderFit
 from latent_dmmd.training.trainer import Trainer
 from latent_dmmd.utils.files import write_aside
 from latent_dmmd.utils.images import labelled_grid, to_uint8
 
 
-def save_pipeline(pipeline: LatentPipeline, config: Config, folder: Path, num_images: int) -> None:
+def save_pipeline(
+    pipeline: LatentPipeline, config: Config, folder: Path, num_images: int, fit: AutoencoderFit | None = None
+) -> None:
     """Save a pipeline with its model card, in the place of one that is there."""
 
     def write(aside: Path) -> None:
         pipeline.save_pretrained(aside)
-        (aside / "README.md").write_text(model_card(config, num_images))
+        (aside / "README.md").write_text(model_card(config, num_images, fit))
 
     write_aside(folder, write)
 
 
-def model_card(config: Config, num_images: int) -> str:
-    """The README of a saved pipeline."""
+def model_card(config: Config, num_images: int, fit: AutoencoderFit | None = None) -> str:
+    """The README of a saved pipeline; `fit` is how well its autoencoder reconstructs the images."""
     elpv = config.data.name_or_path.startswith("elpv")
     licence = "cc-by-nc-sa-4.0" if elpv else "other"
     terms = (
@@ -38,6 +41,7 @@ def model_card(config: Config, num_images: int) -> str:
         else "The weights derive from the data below and follow their terms."
     )
     where = "in the latent space of a frozen autoencoder" if config.autoencoder.name_or_path else "on pixels"
+    reconstructed = f" Their reconstructions by the autoencoder: {fit}." if fit else ""
     settings = yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True)
     return f"""---
 library_name: diffusers
@@ -50,7 +54,7 @@ pipeline_tag: unconditional-image-generation
 {config.method.summary} {config.data.resolution}×{config.data.resolution} images
 {where}. {terms}
 
-Trained on {num_images} images of `{printable(config.data.name_or_path)}`.
+Trained on {num_images} images of `{printable(config.data.name_or_path)}`.{reconstructed}
 
 With the package `latent_dmmd` installed:
 
