@@ -20,13 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from latent_dmmd.data.autoencoder import (
-    Autoencoder,
-    autoencoder_hash,
-    check_finite_images,
-    encode_moments,
-    standardise,
-)
+from latent_dmmd.data.autoencoder import Autoencoder, autoencoder_hash, check_finite_images, encode_moments, standardise
 from latent_dmmd.data.sources import ImageSource, OnBadImage
 from latent_dmmd.utils.errors import DataError
 from latent_dmmd.utils.files import write_aside, write_json

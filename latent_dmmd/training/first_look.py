@@ -19,6 +19,7 @@ from latent_dmmd.data.folders import printable
 from latent_dmmd.data.particles import num_known, readable
 from latent_dmmd.data.sources import ImagesOrErrors, ImageSource, ImageStream, OnBadImage, counted
 from latent_dmmd.methods.base import METHODS, Method
+from latent_dmmd.training.autoencoder_config import AutoencoderTrainingConfig
 from latent_dmmd.training.config import Config, DataConfig
 from latent_dmmd.utils.errors import DataError
 from latent_dmmd.utils.images import to_pixels
@@ -39,21 +40,22 @@ class AutoencoderFit(NamedTuple):
 
 
 def first_look(vae: Autoencoder | None, source: ImageSource, config: Config) -> tuple[list[str], AutoencoderFit | None]:
-    """Lines to print about the images and the autoencoder, and how well it fits them; None on pixels
-    and for a method that makes its own particles.
+    """Lines to print about the images and the autoencoder, and how well it fits them, if there is one.
+
+    A method that makes its own particles is not trained on images: there is nothing to say.
 
     Raises:
         DataError: If an image that is looked at cannot be read and is not to be skipped, or all are of one colour.
         FloatingPointError: If latents or reconstruction of one are not finite; the message names it.
     """
     if METHODS[config.objective.name].own_particles is not Method.own_particles:
-        return [], None  # images are not trained on
+        return [], None
     lines, count, batch_size = [], num_known(source), config.training.pairs_per_level
     if count is not None and count < batch_size:
         what = counted(count, "image")
         lines.append(f"note: {what} for training.pairs_per_level={batch_size}: every batch holds some of them twice")
     images = spread_images(source, config.data.on_bad_image)
-    if not images:  # all to be skipped; whether there are others is found out when they are encoded
+    if not images:  # all skipped; whether there are others is found out when they are encoded
         return lines, None
     check_colours(images, source)
     if vae is None:
@@ -133,4 +135,6 @@ def training_command(data: DataConfig) -> str:
         value = getattr(data, key.name)
         if key.name == "name_or_path" or (key.name in SHARED_KEYS and value != key.default):
             words += [f"--data.{key.name}", printable(str(value))]
+    if data.resolution < AutoencoderTrainingConfig.crop_size:
+        words += ["--crop_size", str(data.resolution)]
     return join([*words, "--output_dir", "runs/autoencoder"])

@@ -243,7 +243,7 @@ def test_ranks_stay_identical_and_one_of_them_writes(arguments, tmp_path, object
     cache = ["--data.cache_dir", str(tmp_path / "cache"), "--objective.name", objective]
     results = [child.wait() for child in ranks(RANKS, tmp_path, *arguments, *cache)]
     assert [result.returncode for result in results] == [0, 0], results
-    for said in ("mixed precision: ", "images: ", "next: "):
+    for said in ("mixed precision: ", "autoencoder: PSNR", "images: ", "next: "):
         assert [result.stdout.count(said) for result in results] == [1, 0], said
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
