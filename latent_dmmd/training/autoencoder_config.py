@@ -158,6 +158,8 @@ class AutoencoderTrainingConfig:
             self.crop_size > 0 and self.crop_size % factor == 0,
             f"crop_size must be a positive multiple of {factor}{why}; got {self.crop_size}",
         )
+        latents = self.batch_size * (self.crop_size // downsampling) ** 2
+        check(latents > 1, "a batch is one latent, which has no deviation; raise --batch_size or --crop_size")
         check(
             resolution % downsampling == 0,
             f"data.resolution must be a multiple of the downsampling, {downsampling}; got {resolution}",

@@ -221,6 +221,7 @@ def refusal(build, error=(ConfigError, DataError)):
         (dict(init_from="nowhere"), "init_from: no autoencoder at 'nowhere'"),
         (dict(batch_size=12), "11 images of .* to train on are fewer than batch_size=12"),
         (dict(batch_size=0), "batch_size must be positive"),
+        (dict(batch_size=1, crop_size=8), "a batch is one latent, which has no deviation"),
         (dict(gradient_weight=float("nan")), "gradient_weight must be finite"),
         (dict(squared_weight=-1.0), "squared_weight must be finite and not negative"),
         (dict(noise_kind="interpolate", latent_noise=1.5), "latent_noise must be at most 1"),
