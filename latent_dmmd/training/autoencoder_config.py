@@ -114,10 +114,10 @@ class AutoencoderTrainingConfig:
 
     def __post_init__(self) -> None:
         expand_home(self, "output_dir", "validation", "init_from")
-        self.resolve()
         positive = ("num_steps", "batch_size", "crop_size", "num_warmup_steps", "checkpointing_steps")
         for name in (*positive, "learning_rate"):
             check(getattr(self, name) > 0, f"{name} must be positive; got {getattr(self, name)}")
+        self.resolve()
         for name in ("latent_noise", *(f"{name}_weight" for name in WEIGHTS), "learning_rate"):
             value = getattr(self, name)
             check(math.isfinite(value) and value >= 0, f"{name} must be finite and not negative; got {value}")
