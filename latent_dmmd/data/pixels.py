@@ -75,7 +75,7 @@ def cache_images(
     """
     manifest = {
         "format": 1,
-        "autoencoder": "none: pixels",
+        "autoencoder": None,
         "data": source.fingerprint,
         "num_pictures": len(source),
         "resolution": source.resolution,

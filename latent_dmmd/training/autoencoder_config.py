@@ -114,10 +114,10 @@ class AutoencoderTrainingConfig:
 
     def __post_init__(self) -> None:
         expand_home(self, "output_dir", "validation", "init_from")
-        self.resolve()
         positive = ("num_steps", "batch_size", "crop_size", "num_warmup_steps", "checkpointing_steps")
         for name in (*positive, "learning_rate"):
             check(getattr(self, name) > 0, f"{name} must be positive; got {getattr(self, name)}")
+        self.resolve()
         for name in ("latent_noise", *(f"{name}_weight" for name in WEIGHTS), "learning_rate"):
             value = getattr(self, name)
             check(math.isfinite(value) and value >= 0, f"{name} must be finite and not negative; got {value}")
@@ -158,6 +158,8 @@ class AutoencoderTrainingConfig:
             self.crop_size > 0 and self.crop_size % factor == 0,
             f"crop_size must be a positive multiple of {factor}{why}; got {self.crop_size}",
         )
+        latents = self.batch_size * (self.crop_size // downsampling) ** 2
+        check(latents > 1, "a batch is one latent, which has no deviation; raise --batch_size or --crop_size")
         check(
             resolution % downsampling == 0,
             f"data.resolution must be a multiple of the downsampling, {downsampling}; got {resolution}",

@@ -29,7 +29,7 @@ def noised(latents: Tensor, config: AutoencoderTrainingConfig, generator: torch.
 
     Here a is uniform in [0, latent_noise], one for each image, and s each channel's standard deviation.
     """
-    std = latents.detach().float().std((0, 2, 3), keepdim=True, correction=0)
+    std = latents.detach().float().std((0, 2, 3), keepdim=True)
     level = config.latent_noise * torch.rand(len(latents), 1, 1, 1, generator=generator, device="cpu")
     noise = (level * torch.randn(latents.shape, generator=generator, device="cpu")).to(std.device) * std
     if config.noise_kind == "interpolate":

@@ -98,6 +98,8 @@ def test_stopped_and_resumed_is_as_in_one_go(config, monkeypatch, adversarial_we
         assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     for name in ("optimizer.bin", "optimizer_1.bin"):
         assert len({(folder / "checkpoint-4" / name).read_bytes() for folder in folders}) == 1
+    biases = [load_file(folders[0] / f"checkpoint-{step}" / "model_1.safetensors")["0.bias"] for step in (2, 4)]
+    assert torch.equal(*biases) == (adversarial_weight == 0)
     last = [metrics(folder)[-1] for folder in folders]
     assert last[0] == last[1] and ("discriminator" in last[0]) == (adversarial_weight > 0)
     assert last[0]["step"] == 4 and [line["step"] for line in metrics(folders[1])] == [2, 3, 4]
@@ -221,6 +223,7 @@ def refusal(build, error=(ConfigError, DataError)):
         (dict(init_from="nowhere"), "init_from: no autoencoder at 'nowhere'"),
         (dict(batch_size=12), "11 images of .* to train on are fewer than batch_size=12"),
         (dict(batch_size=0), "batch_size must be positive"),
+        (dict(batch_size=1, crop_size=8), "a batch is one latent, which has no deviation"),
         (dict(gradient_weight=float("nan")), "gradient_weight must be finite"),
         (dict(squared_weight=-1.0), "squared_weight must be finite and not negative"),
         (dict(noise_kind="interpolate", latent_noise=1.5), "latent_noise must be at most 1"),

@@ -41,7 +41,7 @@ def test_noise_has_a_level_for_each_image_and_a_deviation_for_each_channel(kind)
     found = noised(z, settings(latent_noise=0.5, noise_kind=kind), generator())
     draws = generator()
     level = 0.5 * torch.rand(3, 1, 1, 1, generator=draws)
-    noise = level * torch.randn(z.shape, generator=draws) * z.std((0, 2, 3), keepdim=True, correction=0)
+    noise = level * torch.randn(z.shape, generator=draws) * z.std((0, 2, 3), keepdim=True)
     torch.testing.assert_close(found, noise + (z if kind == "add" else (1 - level) * z))
 
 
