@@ -3,7 +3,7 @@
 import json
 import math
 from pathlib import Path
-from shlex import quote
+from shlex import join, quote
 
 import yaml
 from safetensors import SafetensorError, safe_open
@@ -91,9 +91,10 @@ def run(folder: Path) -> tuple[str, Facts] | None:
     if not (folder / "config.yaml").exists():
         return None
     config = read_yaml(folder / "config.yaml")
+    if is_autoencoder_run(config):
+        return autoencoder_run(folder, config)
     if "objective" not in config:
-        what = "the training of an autoencoder" if "latent_noise" in config else "with a config.yaml that is no run's"
-        return f"a folder, {what}", {"size": size_of(folder)}
+        return "a folder, with a config.yaml that is no run's", {"size": size_of(folder)}
     data, name = group(config, "data"), group(config, "objective").get("name")
     wanted = group(config, "training").get("num_steps", "?")
     complete = checkpoints_in(folder)
@@ -111,6 +112,39 @@ def run(folder: Path) -> tuple[str, Facts] | None:
         "next": sample(str(folder / "pipeline")) if saved and steps == wanted else f"{resuming(folder)}   (resumes)",
     }
     return f"a run, {METHODS[name].title if name in METHODS else 'an unknown method'} ({name})", facts
+
+
+def is_autoencoder_run(config: dict) -> bool:
+    return "latent_noise" in config and "objective" not in config
+
+
+def autoencoder_run(folder: Path, config: dict) -> tuple[str, Facts]:
+    """The run folder of the training of an autoencoder."""
+    data = {"name_or_path": "elpv:train", "resolution": 256} | group(config, "data")
+    complete, saved, wanted = checkpoints_in(folder), folder / "autoencoder", config.get("num_steps", "?")
+    steps = step_in(complete[-1]) if complete else 0
+    whole = (saved / "config.json").exists()
+    words = ["--data.name_or_path", str(data["name_or_path"]), "--data.resolution", str(data["resolution"])]
+    words += ["--autoencoder.name_or_path", str(saved), "--output_dir", "runs/NAME"]
+    facts = {
+        "data": f"{data['name_or_path']}, {data['resolution']} pixels",
+        "steps": f"{steps} of {wanted}",
+        "PSNR": last_psnr(folder / "metrics.jsonl"),
+        "checkpoints": ", ".join(p.name for p in complete) or "none that is complete",
+        "autoencoder": saved if whole else "not yet: it is written after the last step",
+        "size": size_of(folder),
+        "next": f"latent-dmmd train {join(words)}" if whole and steps == wanted else f"{resuming(folder)}   (resumes)",
+    }
+    return "a run, the training of an autoencoder", facts
+
+
+def last_psnr(metrics: Path) -> str | None:
+    """The PSNR on validation images that was measured last; None if there is none."""
+    try:
+        lines = [json.loads(line) for line in metrics.read_text().splitlines() if '"psnr"' in line]
+        return f"{lines[-1]['psnr']:.2f} dB on validation images, at step {lines[-1]['step']}"
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def cache(folder: Path) -> tuple[str, Facts] | None:
@@ -171,8 +205,13 @@ def images(folder: Path) -> tuple[str, Facts] | None:
 
 
 def resuming(run_folder: Path, checkpoint: str = "latest") -> str:
-    """The command that resumes a run; its checkpoint is named, since the saved configuration may name another."""
+    """The command that resumes a run; its checkpoint is named, since the saved configuration may name another.
+
+    An autoencoder's training always goes on at the latest.
+    """
     config, folder = quote(str(run_folder / "config.yaml")), quote(str(run_folder))
+    if is_autoencoder_run(read_yaml(run_folder / "config.yaml")):
+        return f"latent-dmmd train-autoencoder --config {config} --output_dir {folder}"
     return f"latent-dmmd train --config {config} --output_dir {folder} --resume_from_checkpoint {quote(checkpoint)}"
 
 

@@ -1,15 +1,19 @@
 import json
 import pickle
+import shlex
 import shutil
 
 import pytest
 from conftest import tiny_pipeline
 from processes import ROOT
+from safetensors.torch import save_file
 
 from latent_dmmd.apps.info import describe_folder
 from latent_dmmd.data.particles import cache_latents
 from latent_dmmd.data.pixels import cache_images
 from latent_dmmd.data.sources import load_images
+from latent_dmmd.training.autoencoder_config import AutoencoderTrainingConfig
+from latent_dmmd.training.checkpoints import AVERAGES, MANIFEST
 from latent_dmmd.training.config import AutoencoderConfig, Config, parse_config, save_config
 from latent_dmmd.training.loop import train
 
@@ -91,6 +95,35 @@ def test_a_pipeline_of_another_library(tmp_path):
     assert lines["autoencoder"] == str(tmp_path / "vae") and "next" not in lines
 
 
+def test_the_run_of_an_autoencoder(tiny_images, tmp_path):
+    """Its commands go on with it: the one resumes it, the other trains with what it wrote."""
+    folder = tmp_path / "run of mine"
+    options = ["--data.name_or_path", str(tiny_images), "--data.resolution", "32", "--crop_size", "32"]
+    config = parse_config(AutoencoderTrainingConfig, [*options, "--output_dir", str(folder), "--num_steps", "7"])
+    folder.mkdir()
+    save_config(config, folder / "config.yaml")
+    title, lines = facts(folder)
+    assert title == "a run, the training of an autoencoder" and "PSNR" not in lines
+    assert (lines["steps"], lines["data"]) == ("0 of 7", f"{tiny_images}, 32 pixels")
+    words = shlex.split(lines["next"].removesuffix("(resumes)"))
+    assert words[:2] == ["latent-dmmd", "train-autoencoder"]
+    assert parse_config(AutoencoderTrainingConfig, words[2:]) == config
+
+    (folder / "checkpoint-7").mkdir()
+    (folder / "checkpoint-7" / MANIFEST).write_text("{}")
+    save_file({}, folder / "checkpoint-7" / AVERAGES, metadata={"num_updates": "7"})
+    (folder / "metrics.jsonl").write_text('{"step": 5, "psnr": 20.0}\n{"step": 7, "psnr": 21.5}\n{"step": 8, "psn')
+    (folder / "autoencoder").mkdir()
+    (folder / "autoencoder" / "config.json").write_text("{}")
+    assert facts(folder / "checkpoint-7")[1]["next"] == lines["next"].removesuffix("   (resumes)")
+    _, lines = facts(folder)
+    assert lines["PSNR"] == "21.50 dB on validation images, at step 7"
+    words = shlex.split(lines["next"])
+    trained_with = parse_config(Config, words[2:])
+    assert trained_with.autoencoder.name_or_path == str(folder / "autoencoder")
+    assert (trained_with.data.name_or_path, trained_with.data.resolution) == (str(tiny_images), 32)
+
+
 def test_a_cache_of_images(tiny_images, tmp_path):
     cache_images(load_images(str(tiny_images), 32), tmp_path / "cache")
     title, lines = facts(tmp_path / "cache")
@@ -158,10 +191,6 @@ def test_no_pickle_is_read(trained, monkeypatch):
         describe_folder(folder)
 
 
-def test_the_training_of_an_autoencoder(tmp_path):
-    from latent_dmmd.training.autoencoder import AutoencoderTrainingConfig
-
-    save_config(AutoencoderTrainingConfig(), tmp_path / "config.yaml")
-    assert facts(tmp_path)[0] == "a folder, the training of an autoencoder"
+def test_a_configuration_of_something_else(tmp_path):
     save_config(AutoencoderConfig(), tmp_path / "config.yaml")
     assert facts(tmp_path)[0] == "a folder, with a config.yaml that is no run's"
