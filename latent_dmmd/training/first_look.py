@@ -55,12 +55,12 @@ def first_look(vae: Autoencoder | None, source: ImageSource, config: Config) -> 
         what = counted(count, "image")
         lines.append(f"note: {what} for training.pairs_per_level={batch_size}: every batch holds some of them twice")
     images = spread_images(source, config.data.on_bad_image)
-    if not images:  # all skipped; whether there are others is found out when they are encoded
-        return lines, None
+    if not images:  # whether others can be read is found out when they are encoded
+        return [*lines, "note: none of the images that were looked at first can be read"], None
     check_colours(images, source)
     if vae is None:
         return lines, None
-    fit = autoencoder_fit(vae, images, config.autoencoder.batch_size)
+    fit = autoencoder_fit(vae, images)
     lines.append(f"autoencoder: {fit}")
     if fit.psnr < LOW_PSNR:
         lines.append(
@@ -106,25 +106,23 @@ def check_colours(images: dict[str, Tensor], source: ImageSource) -> None:
 
 
 @torch.no_grad()
-def autoencoder_fit(vae: Autoencoder, images: dict[str, Tensor], batch_size: int) -> AutoencoderFit:
+def autoencoder_fit(vae: Autoencoder, images: dict[str, Tensor]) -> AutoencoderFit:
     """The PSNR of an autoencoder's reconstructions, decoded from the posterior mean.
 
     Args:
         vae: The frozen autoencoder.
         images: At least one, by name, as uint8 of shape (3, R, R).
-        batch_size: Images encoded at once.
 
     Raises:
         FloatingPointError: If latents or reconstruction are not finite; the message names the image.
     """
-    device, names, values = next(vae.parameters()).device, list(images), []
-    for start in range(0, len(names), batch_size):
-        part = names[start : start + batch_size]
-        pixels = to_pixels(torch.stack([images[name] for name in part])).to(device)
+    device, values = next(vae.parameters()).device, []
+    for name, image in images.items():  # one by one: decoding needs more memory than encoding does
+        pixels = to_pixels(image[None]).to(device)
         moments = encode_moments(vae, pixels)
         reconstruction = decode_pixels(vae, moments[0])
-        check_finite_images(part, *moments, reconstruction)
-        values += psnr(reconstruction, pixels).tolist()
+        check_finite_images([name], *moments, reconstruction)
+        values.append(psnr(reconstruction, pixels).item())
     return AutoencoderFit(sum(values) / len(values), len(values))
 
 
