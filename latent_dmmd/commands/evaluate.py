@@ -16,7 +16,9 @@ from latent_dmmd.metrics.reference import Reference, load_real_set
 from latent_dmmd.metrics.sets import ScoredImages, check_npz, load_set, save_samples
 from latent_dmmd.utils.files import check_writable
 
-FLOORS = {"elpv:heldout": "elpv:train", "elpv:validation": "elpv:fit"}  # more real images, of the same kind
+# more real images, of the same kind
+FLOORS = {"elpv:heldout": "elpv:train", "elpv:validation": "elpv:fit"}
+FLOORS |= {"openmoji:heldout": "openmoji:train", "openmoji:validation": "openmoji:fit"}
 
 
 def main(args: list[str] | None = None) -> None:
