@@ -23,7 +23,7 @@ FLOORS |= {"openmoji:heldout": "openmoji:train", "openmoji:validation": "openmoj
 
 def main(args: list[str] | None = None) -> None:
     parser = command_parser("evaluate")
-    parser.add_argument("generated", help="Folder of images, .npz of samples, elpv:train or elpv:heldout.")
+    parser.add_argument("generated", help="Folder of images, .npz of samples, elpv:heldout or openmoji:heldout.")
     parser.add_argument("reference", help="The real images, given alike, or what --save_reference wrote.")
     parser.add_argument("--output", type=str, required=True, help="JSON file of the scores.")
     parser.add_argument("--npz", type=str | None, help="File for the generated images, as guided-diffusion reads them.")

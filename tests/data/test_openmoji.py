@@ -124,7 +124,7 @@ def test_the_floor_of_a_split_is_other_drawings():
 
 @pytest.mark.long
 def test_nearly_equal_drawings_are_in_one_split():
-    """|a − b| / √(|a| |b|) of 64 × 64 inverted pixels is 0.3 or more between splits, mirrored or not."""
+    """|a − b| / √(|a| |b|) of 64 × 64 inverted pixels is 0.3 or more between splits, mirrored or not; few are near."""
     images = cache_pixels(load_images("openmoji", 64), horizontal_flip=False).images_uint8
     assert len(images) == 4495
     ink = 1 - images.float() / 255
@@ -134,7 +134,8 @@ def test_nearly_equal_drawings_are_in_one_split():
     for others in (flat, ink.flip(-1).flatten(1)):
         distance = (norms.square()[:, None] + norms.square() - 2 * flat @ others.T).clamp(min=0).sqrt()
         distance /= (norms[:, None] * norms).sqrt()
-        assert distance[part[:, None] != part].min() >= 0.3
+        between = distance[part[:, None] != part]  # each pair twice
+        assert between.min() >= 0.3 and (between < 0.4).sum() <= 2 * 30  # 23 with resvg-py 0.5
 
 
 # rendering
