@@ -19,7 +19,7 @@ def help_text() -> str:
         if command.group != group:
             group = command.group
             lines += ["", f"{group}:"]
-        lines += [f"  {name:<19}{command.summary}", f"  {'':<19}  {PROGRAM} {command.example}"]
+        lines += [f"  {name:<21}{command.summary}", f"  {'':<21}  {PROGRAM} {command.example}"]
     lines += ["", f"{PROGRAM} COMMAND --help shows the options of a command, {PROGRAM} --version the version."]
     lines += ["On several processes, train and sample: accelerate launch -m latent_dmmd COMMAND [OPTIONS]"]
     return "\n".join(lines)

@@ -309,10 +309,3 @@ def toy(monkeypatch):
     """The name of the toy extractor, known to the protocol for the length of a test."""
     monkeypatch.setitem(EXTRACTORS, "toy", FeatureSpace("toy", "features", "logits", "fd_toy"))
     return "toy"
-
-
-class NoDistance(nn.Module):
-    """Stands in for the perceptual distance, whose network is an extra of its own."""
-
-    def forward(self, x, y):
-        return (x - y).square().mean(), (x - y).abs().mean()

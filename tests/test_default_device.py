@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY_NET, NoDistance, random_embeddings, tiny_features, tiny_pipeline, tiny_velocity
+from conftest import TINY_NET, random_embeddings, tiny_features, tiny_pipeline, tiny_velocity
 from PIL import Image
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -46,6 +46,7 @@ from latent_dmmd.metrics.scores import memorised_share
 from latent_dmmd.objective import DMMD, WitnessMatching
 from latent_dmmd.pipeline import LatentDMMDPipeline, load_pipeline
 from latent_dmmd.training import autoencoder
+from latent_dmmd.training.autoencoder_config import AutoencoderTrainingConfig, CropDataConfig
 from latent_dmmd.training.config import Config, parse_config
 from latent_dmmd.training.loop import train
 from latent_dmmd.training.trainer import step_generators
@@ -310,12 +311,13 @@ def test_training_of_classes_and_one_step(trap, arguments, plain_arguments, few_
     train(parse_config(Config, [*plain_arguments, *TWO_STEPS, *extra, "--output_dir", str(tmp_path / "one step")]))
 
 
-def test_training_of_an_autoencoder(trap, monkeypatch, tmp_path):
-    monkeypatch.setattr(autoencoder, "PerceptualDistance", NoDistance)
-    images_uint8 = torch.randint(256, (4, 3, 48, 48), dtype=torch.uint8)
+def test_training_of_an_autoencoder(trap, monkeypatch, tiny_images, tmp_path):
+    monkeypatch.setattr(autoencoder, "load_extractor", lambda: None)
+    data = CropDataConfig(str(tiny_images), resolution=32, cache_dir=str(tmp_path / "cache"))
     how = dict(num_steps=2, batch_size=2, crop_size=32, adversarial_weight=0.1, adversarial_start=1)
-    config = autoencoder.AutoencoderTrainingConfig(str(tmp_path / "run"), mixed_precision="no", **how)
-    autoencoder.train_autoencoder(images_uint8, config)
+    how |= dict(gradient_weight=1.0, equivariance_weight=1.0, perceptual_weight=0.0, pooled_weight=0.0, width=8)
+    config = AutoencoderTrainingConfig(str(tmp_path / "run"), data, mixed_precision="no", **how)
+    autoencoder.train_autoencoder(config)
 
 
 HOW = dict(num_noise_levels=4, steps_per_level=2, output_type="latent")

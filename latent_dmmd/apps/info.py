@@ -114,7 +114,7 @@ def run(folder: Path) -> tuple[str, Facts] | None:
 
 
 def cache(folder: Path) -> tuple[str, Facts] | None:
-    """A cache of encoded images."""
+    """A cache of encoded images, or of decoded ones, from which an autoencoder is trained."""
     manifest = read_json(folder / "manifest.json")
     if "autoencoder" not in manifest:
         return None
@@ -123,15 +123,17 @@ def cache(folder: Path) -> tuple[str, Facts] | None:
     whole = count is not None and all(shard_path(folder, start).exists() for start in range(0, count, size))
     encoded = sum(next(iter(shapes(path).values()), [0])[0] for path in shards)
     skipped = [name for path in shards for name in skipped_in(path)]
+    weights = manifest["autoencoder"]
     facts = {
-        "images": f"{encoded} encoded, {manifest.get('resolution')} pixels"
+        "images": f"{encoded} {'encoded' if weights else 'decoded'}, {manifest.get('resolution')} pixels"
         + (", mirrored as well" if manifest.get("horizontal_flip") else ""),
         "skipped": f"{len(skipped)}: {', '.join(skipped[:3])}" if skipped else None,
-        "autoencoder": f"weights {manifest['autoencoder']}",
+        "autoencoder": f"weights {weights}" if weights else None,
         "data": f"fingerprint {manifest.get('data')}",
         "size": size_of(folder),
     }
-    return f"a latent cache, {'complete' if whole else 'not complete: the same command goes on'}", facts
+    what, state = "a latent cache" if weights else "a cache of images", "complete" if whole else "not complete"
+    return f"{what}, {state}" + (": the same command goes on" if not whole else ""), facts
 
 
 def model(folder: Path) -> tuple[str, Facts] | None:

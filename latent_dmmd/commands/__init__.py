@@ -36,8 +36,8 @@ COMMANDS = {
     ),
     "train-autoencoder": Command(
         "Train",
-        "Train the bundled autoencoder on the ELPV photographs.",
-        "train-autoencoder --output_dir runs/my-vae",
+        "Train an autoencoder on images of your own, or fine-tune a saved one.",
+        "train-autoencoder --data.name_or_path IMAGES --output_dir runs/my-vae",
     ),
     "sample": Command(
         "Generate",
@@ -69,6 +69,11 @@ COMMANDS = {
         "Evaluate",
         "Score generated images against real ones.",
         "evaluate samples/images elpv:heldout --output scores.json",
+    ),
+    "evaluate-autoencoder": Command(
+        "Evaluate",
+        "Measure how well an autoencoder gives back images.",
+        "evaluate-autoencoder elpv-vae elpv:heldout --output scores.json",
     ),
     "evaluate-classes": Command(
         "Evaluate",

@@ -1,17 +1,15 @@
 """`latent-dmmd train-autoencoder`. Running the same command again resumes."""
 
-import torch
-from tqdm.auto import tqdm
+import shlex
 
-from latent_dmmd.data.sources import load_images
-from latent_dmmd.training.autoencoder import AutoencoderTrainingConfig, train_autoencoder
+from latent_dmmd.training.autoencoder import train_autoencoder
+from latent_dmmd.training.autoencoder_config import AutoencoderTrainingConfig
 from latent_dmmd.training.config import parse_config
 
 
 def main(args: list[str] | None = None) -> None:
     config = parse_config(AutoencoderTrainingConfig, args)
-    source = load_images("elpv:train", resolution=256)
-    images_uint8 = torch.stack([source[i] for i in tqdm(range(len(source)), desc="reading")])
-    folder = train_autoencoder(images_uint8, config)
+    folder = train_autoencoder(config)
+    data = shlex.join(["--data.name_or_path", config.data.name_or_path, "--autoencoder.name_or_path", str(folder)])
     print(f"autoencoder: {folder}")
-    print(f"next:        latent-dmmd train --autoencoder.name_or_path {folder} --output_dir runs/NAME")
+    print(f"next:        latent-dmmd train {data} --data.resolution {config.data.resolution} --output_dir runs/NAME")

@@ -7,6 +7,7 @@ configuration cancel out and are not used.
 
 import hashlib
 from importlib.resources import files
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
@@ -33,7 +34,7 @@ def load_autoencoder(name_or_path: str, device: torch.device | str = "cpu") -> A
         ValueError: If it cannot be found or read, or is of another class; the message is one line.
     """
     if name_or_path == BUNDLED_AUTOENCODER:
-        name_or_path = str(BUNDLED_AT)
+        name_or_path = str(autoencoder_folder(name_or_path))
     try:
         config = AutoencoderKL.load_config(name_or_path)
     except (OSError, ValueError) as error:
@@ -72,11 +73,27 @@ def encode_moments(vae: Autoencoder, pixels: Tensor) -> tuple[Tensor, Tensor]:
         Two tensors with shape (B, C, h, w), in float32.
     """
     output = vae.encode(pixels.to(vae.dtype))
+    mean = mean_of(output).float()
+    return mean, output.latent_dist.std.float() if hasattr(output, "latent_dist") else torch.zeros_like(mean)
+
+
+def mean_of(output: object) -> Tensor:
+    """Mean of raw latents in what an encoder returns, of its precision, with its gradient."""
     # by the output: a compiled autoencoder is of another class
     if hasattr(output, "latent_dist"):
-        return output.latent_dist.mean.float(), output.latent_dist.std.float()
-    mean = output.latents if hasattr(output, "latents") else output.latent
-    return mean.float(), torch.zeros_like(mean, dtype=torch.float32)
+        return output.latent_dist.mean
+    return output.latents if hasattr(output, "latents") else output.latent
+
+
+def downsampling_of(vae: Autoencoder) -> int:
+    """Pixels to one latent along a side."""
+    channels = vae.config.get("block_out_channels") or vae.config["encoder_block_out_channels"]
+    return 2 ** (len(channels) - 1)
+
+
+def autoencoder_folder(name_or_path: str) -> Path:
+    """The folder of a saved autoencoder, also of the bundled one; for a name on the hub it does not exist."""
+    return Path(str(BUNDLED_AT) if name_or_path == BUNDLED_AUTOENCODER else name_or_path)
 
 
 def decode_pixels(vae: Autoencoder, latents: Tensor) -> Tensor:

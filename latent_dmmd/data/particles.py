@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -229,7 +229,8 @@ def cache_latents(
     with kept_state(), PartialState().main_process_first():
         if not check_manifest(folder, manifest):
             write_json(folder / "manifest.json", manifest)
-        build_shards(folder, vae, source, horizontal_flip, on_bad_image, batch_size, num_workers, shard_size)
+        encode = partial(encode_shard, vae, horizontal_flip=horizontal_flip, on_bad_image=on_bad_image)
+        build_shards(folder, encode, source, batch_size, num_workers, shard_size)
     cache = read_shards(folder, shard_size)
     if cache.skipped and on_bad_image == "error":
         raise DataError(f"the latent cache in {folder} leaves out {cache.skipped[0]}; {SKIP_HINT}")
@@ -294,26 +295,25 @@ def counted_images(folder: Path) -> int | None:
 
 def build_shards(
     folder: Path,
-    vae: Autoencoder,
+    encode: Callable[..., tuple[dict[str, Tensor], dict[str, str], int]],
     source: ImageSource,
-    horizontal_flip: bool,
-    on_bad_image: OnBadImage,
     batch_size: int,
     num_workers: int,
     shard_size: int,
+    what: str = "encoding",
 ) -> None:
-    """Encode every shard that is not there yet."""
+    """Write every shard that is not there yet; `encode(batches=…, progress=…)` is as `encode_shard`."""
     counted = counted_images(folder)
     total = num_known(source) if counted is None else counted
     starts = itertools.count(0, shard_size) if total is None else range(0, total, shard_size)
     missing = (start for start in starts if not shard_path(folder, start).exists())
     first = next(missing, None)
     if first is not None:
-        with progress_bar("encoding", total) as progress:
+        with progress_bar(what, total) as progress:
             for start in itertools.chain([first], missing):
                 progress.update(start - progress.n)
                 batches = source.batches(start, shard_size, batch_size, num_workers)
-                tensors, metadata, count = encode_shard(vae, batches, horizontal_flip, on_bad_image, progress)
+                tensors, metadata, count = encode(batches=batches, progress=progress)
                 if count:
                     write_aside(shard_path(folder, start), partial(save_file, tensors, metadata=metadata))
                 if count < shard_size:  # the end, which a stream shows in no other way

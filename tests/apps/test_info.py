@@ -8,6 +8,7 @@ from processes import ROOT
 
 from latent_dmmd.apps.info import describe_folder
 from latent_dmmd.data.particles import cache_latents
+from latent_dmmd.data.pixels import cache_images
 from latent_dmmd.data.sources import load_images
 from latent_dmmd.training.config import AutoencoderConfig, Config, parse_config, save_config
 from latent_dmmd.training.loop import train
@@ -88,6 +89,13 @@ def test_a_pipeline_of_another_library(tmp_path):
     title, lines = facts(tmp_path)
     assert title == "a pipeline of another library, StableDiffusionPipeline"
     assert lines["autoencoder"] == str(tmp_path / "vae") and "next" not in lines
+
+
+def test_a_cache_of_images(tiny_images, tmp_path):
+    cache_images(load_images(str(tiny_images), 32), tmp_path / "cache")
+    title, lines = facts(tmp_path / "cache")
+    assert title == "a cache of images, complete" and lines["images"] == "12 decoded, 32 pixels"
+    assert "autoencoder" not in lines
 
 
 def test_a_cache(tiny_vae, tiny_images, tmp_path):

@@ -181,7 +181,7 @@ def test_errors_are_one_line_and_say_what_to_do(toy):
     assert "generated image 0 is no RGB image" in message(ValueError, TensorDataset(image_set), image_set)
     text = message(ValueError, image_set, image_set, reconstructions=image_set[:9])
     assert text == "9 reconstructions for 300 reference images; pass all"
-    assert "choose from efficientnet-lite0, inception-v3" in message(
+    assert "choose from efficientnet-lite0, efficientnet-lite1, inception-v3" in message(
         ValueError, image_set, image_set, extractor="lpips"
     )
     assert "takes no --inception_weights" in message(ValueError, image_set, image_set, inception_weights="x.pth")
