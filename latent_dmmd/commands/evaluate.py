@@ -16,12 +16,14 @@ from latent_dmmd.metrics.reference import Reference, load_real_set
 from latent_dmmd.metrics.sets import ScoredImages, check_npz, load_set, save_samples
 from latent_dmmd.utils.files import check_writable
 
-FLOORS = {"elpv:heldout": "elpv:train", "elpv:validation": "elpv:fit"}  # more real images, of the same kind
+# more real images, of the same kind
+FLOORS = {"elpv:heldout": "elpv:train", "elpv:validation": "elpv:fit"}
+FLOORS |= {"openmoji:heldout": "openmoji:train", "openmoji:validation": "openmoji:fit"}
 
 
 def main(args: list[str] | None = None) -> None:
     parser = command_parser("evaluate")
-    parser.add_argument("generated", help="Folder of images, .npz of samples, elpv:train or elpv:heldout.")
+    parser.add_argument("generated", help="Folder of images, .npz of samples, elpv:heldout or openmoji:heldout.")
     parser.add_argument("reference", help="The real images, given alike, or what --save_reference wrote.")
     parser.add_argument("--output", type=str, required=True, help="JSON file of the scores.")
     parser.add_argument("--npz", type=str | None, help="File for the generated images, as guided-diffusion reads them.")

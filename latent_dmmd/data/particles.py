@@ -6,7 +6,6 @@ Latents of a mirrored image are not mirrored latents, so the cache holds each or
 import hashlib
 import itertools
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from tqdm.auto import tqdm
 from latent_dmmd.data.autoencoder import Autoencoder, autoencoder_hash, check_finite_images, encode_moments, standardise
 from latent_dmmd.data.sources import ImageSource, OnBadImage
 from latent_dmmd.utils.errors import DataError
-from latent_dmmd.utils.files import write_aside, write_json
+from latent_dmmd.utils.files import default_cache_dir, write_aside, write_json
 from latent_dmmd.utils.images import to_pixels
 from latent_dmmd.utils.process import kept_state
 
@@ -191,11 +190,6 @@ def num_known(source: ImageSource) -> int | None:
 def progress_bar(what: str, total: int | None) -> tqdm:
     with kept_state():
         return tqdm(total=total, desc=what, unit="image", disable=not PartialState().is_main_process)
-
-
-def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/latent_dmmd`, or `~/.cache/latent_dmmd`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latent_dmmd"
 
 
 def cache_latents(

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from latent_dmmd.data.elpv import elpv_classes, elpv_files
 from latent_dmmd.data.folders import Found, ZipArchive, classes_by_folder, find_images, image_suffixes, printable
 from latent_dmmd.data.images import open_mask, open_rgb, read_image  # noqa: F401 (scripts take them from here)
+from latent_dmmd.data.openmoji import openmoji_images
 from latent_dmmd.data.tables import (
     cell_source,
     column_classes,
@@ -35,7 +36,8 @@ from latent_dmmd.utils.errors import DataError, one_line
 
 OnBadImage = Literal["error", "skip"]
 ARCHIVES = (".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
-KINDS = "a folder of images, a .zip of them, .parquet or .arrow files, elpv:train, or a name on the hub"
+INSTALLED = {"elpv", "openmoji"}  # data sets that are packages
+KINDS = "a folder of images, a .zip of them, .parquet or .arrow files, elpv:train, openmoji:train, or a name on the hub"
 NUM_LISTED = 10
 UNCOUNTED = {"hidden", "reached twice", "without a suffix"}
 
@@ -192,7 +194,11 @@ ImageSource = ImageDataset | ImageStream
 
 
 def load_images(
-    name_or_path: str, resolution: int = 256, image_column: str = "image", streaming: bool = False
+    name_or_path: str,
+    resolution: int = 256,
+    image_column: str = "image",
+    streaming: bool = False,
+    keep_rendered: bool = True,
 ) -> ImageSource:
     """A data set of images by name; what is on the disk goes before the hub.
 
@@ -200,23 +206,27 @@ def load_images(
     column `label`; and in `elpv`.
 
     Args:
-        name_or_path: `elpv` or a part of it such as `elpv:train`, see `elpv_files`; a folder or a zip archive of
-            images, searched through, or `folder:split`; parquet or arrow files, as one file, a pattern, a list with
-            commas, or a folder with its splits; a folder that `save_to_disk` wrote; or `name` or `name:split` of a data
-            set on the hub. The split is `train` by default.
+        name_or_path: `elpv` or `openmoji`, or a part such as `elpv:train`, see `elpv_files` and `openmoji_files`; a
+            folder or a zip archive of images, searched through, or `folder:split`; parquet or arrow files, as one file,
+            a pattern, a list with commas, or a folder with its splits; a folder that `save_to_disk` wrote; or `name` or
+            `name:split` of a data set on the hub. The split is `train` by default.
         resolution: Side of the images in pixels.
         image_column: The column that holds images, for tables and hub data.
         streaming: Whether tables and hub data are read as they come, without a copy on the disk; images in files are
             never copied.
+        keep_rendered: Whether drawings of `openmoji` are rendered into the cache, or again whenever they are read.
 
     Raises:
         DataError: If there is no such data, it holds no images, or it holds several splits.
+        OSError: If drawings of `openmoji` cannot be kept in the cache.
     """
     name, split = name_and_split(name_or_path)
     if name == "elpv":
         paths = elpv_files(split or "all")
         found = Found(str(paths[0].parent), [str(p) for p in paths])
         return images_in_files(name_or_path, found, resolution, partial(elpv_classes, paths))
+    if name == "openmoji":
+        return ImageDataset(*openmoji_images(split or "all", resolution, keep_rendered), name=name_or_path)
     options = dict(resolution=resolution, image_column=image_column)
     if source := table_source(name):
         return images_in_table(name_or_path, source, split or "train", streaming, **options)
@@ -241,7 +251,7 @@ def load_images(
 def name_and_split(name_or_path: str) -> tuple[str, str]:
     """The longest part before a colon that exists on the disk, and what follows; the first part if none exists."""
     name, _, split = name_or_path.partition(":")
-    if name == "elpv" and not (split and os.path.exists(name_or_path)):
+    if name in INSTALLED and not (split and os.path.exists(name_or_path)):
         return name, split
     for end in [len(name_or_path), *(i for i, c in reversed(list(enumerate(name_or_path))) if c == ":")]:
         if os.path.exists(name_or_path[:end]):

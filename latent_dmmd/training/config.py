@@ -17,7 +17,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from latent_dmmd.data.autoencoder import BUNDLED_AUTOENCODER
-from latent_dmmd.data.sources import OnBadImage
+from latent_dmmd.data.sources import INSTALLED, OnBadImage
 from latent_dmmd.methods.base import METHODS, Method, MethodConfig, NetConfig, build_method, method_class
 from latent_dmmd.methods.witness_matching import WitnessMatchingConfig
 from latent_dmmd.pipeline import SamplingDefaults
@@ -37,8 +37,8 @@ class DataConfig:
     """The images.
 
     Args:
-        name_or_path: `elpv:train`, a folder or zip archive of images, parquet files, a folder of `save_to_disk`, or a
-            data set on the hub; `:split` after a name chooses a split.
+        name_or_path: `elpv:train`, `openmoji:train`, a folder or zip archive of images, parquet files, a folder of
+            `save_to_disk`, or a data set on the hub; `:split` after a name chooses a split.
         resolution: Side in pixels.
         image_column: Column of images in tables and hub data.
         horizontal_flip: Whether mirrored images are data as well.
@@ -62,8 +62,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         expand_home(self, "name_or_path", "cache_dir")
         check(not (self.streaming and self.class_conditional), "data.class_conditional needs data.streaming=false")
-        if self.name_or_path == "elpv":
-            self.name_or_path = "elpv:train"
+        if self.name_or_path in INSTALLED:
+            self.name_or_path += ":train"
         check(self.resolution > 0, f"data.resolution must be positive; got {self.resolution}")
         check(self.num_workers >= 0, f"data.num_workers must not be negative; got {self.num_workers}")
 

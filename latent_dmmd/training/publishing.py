@@ -6,7 +6,7 @@ import torch
 import yaml
 from PIL import Image
 
-from latent_dmmd.data.autoencoder import Autoencoder, reconstruct
+from latent_dmmd.data.autoencoder import BUNDLED_AUTOENCODER, Autoencoder, reconstruct
 from latent_dmmd.data.folders import printable
 from latent_dmmd.data.particles import Particles
 from latent_dmmd.data.sources import ImageSource
@@ -16,6 +16,20 @@ from latent_dmmd.training.first_look import AutoencoderFit
 from latent_dmmd.training.trainer import Trainer
 from latent_dmmd.utils.files import write_aside
 from latent_dmmd.utils.images import labelled_grid, to_uint8
+
+# of data with a name: the licence, and what weights derive from and follow
+LICENCES = {
+    "elpv": (
+        "cc-by-nc-sa-4.0",
+        "the ELPV photographs (Buerhop-Lutz et al., 2018; CC BY-NC-SA 4.0) and follow that licence: attribution, "
+        "non-commercial use, share alike.",
+    ),
+    "openmoji": (
+        "cc-by-sa-4.0",
+        "the drawings of OpenMoji (https://openmoji.org; CC BY-SA 4.0) and follow that licence: attribution, share "
+        "alike.",
+    ),
+}
 
 
 def save_pipeline(
@@ -32,14 +46,7 @@ def save_pipeline(
 
 def model_card(config: Config, num_images: int, fit: AutoencoderFit | None = None) -> str:
     """The README of a saved pipeline; `fit` is how well its autoencoder reconstructs the images."""
-    elpv = config.data.name_or_path.startswith("elpv")
-    licence = "cc-by-nc-sa-4.0" if elpv else "other"
-    terms = (
-        "The weights derive from the ELPV photographs (Buerhop-Lutz et al., 2018; CC BY-NC-SA 4.0) and follow that "
-        "licence: attribution, non-commercial use, share alike."
-        if elpv
-        else "The weights derive from the data below and follow their terms."
-    )
+    licence, terms = licence_and_terms(config)
     where = "in the latent space of a frozen autoencoder" if config.autoencoder.name_or_path else "on pixels"
     reconstructed = f" Their reconstructions by the autoencoder: {fit}." if fit else ""
     settings = yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True)
@@ -78,6 +85,16 @@ pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER", trust_remote_code=True)
 ```yaml
 {settings}```
 """
+
+
+def licence_and_terms(config: Config) -> tuple[str, str]:
+    """What the weights derive from, and the licence that follows; the bundled autoencoder has seen ELPV."""
+    name = config.data.name_or_path.partition(":")[0]
+    licence, origin = LICENCES.get(name, ("other", "the data below and follow their terms."))
+    terms = f"The weights derive from {origin}"
+    if config.autoencoder.name_or_path == BUNDLED_AUTOENCODER and name != "elpv":
+        licence, terms = "other", f"{terms} Those of the autoencoder derive from {LICENCES['elpv'][1]}"
+    return licence, terms
 
 
 def log_samples(trainer: Trainer, particles: Particles, vae: Autoencoder | None, step: int) -> None:

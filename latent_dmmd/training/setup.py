@@ -43,9 +43,10 @@ def set_up(config: Config, accelerator: Accelerator) -> Setup:
     """
     name, resolution = config.autoencoder.name_or_path, config.data.resolution
     vae = load_autoencoder(name, accelerator.device) if name else None
-    source = load_images(config.data.name_or_path, resolution, config.data.image_column, config.data.streaming)
+    data = config.data
+    source = load_images(data.name_or_path, resolution, data.image_column, data.streaming, not config.dry_run)
     shape = tuple(probe_latents(vae, resolution).shape[1:]) if vae else (3, resolution, resolution)
-    class_names = source.labels()[0] if config.data.class_conditional else ()
+    class_names = source.labels()[0] if data.class_conditional else ()
     return Setup(vae, source, shape, Trainer(config, shape, accelerator, tuple(class_names)))
 
 

@@ -21,6 +21,11 @@ def expand_home(config: object, *names: str) -> None:
             setattr(config, name, os.path.expanduser(value))
 
 
+def default_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/latent_dmmd`, or `~/.cache/latent_dmmd`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latent_dmmd"
+
+
 def write_aside(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file or a folder under another name, then rename it: a reader sees all of it or nothing.
 
