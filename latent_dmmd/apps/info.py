@@ -8,7 +8,7 @@ from shlex import join, quote
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from latent_dmmd.data.autoencoder import AUTOENCODERS, BUNDLED_AT, BUNDLED_AUTOENCODER
+from latent_dmmd.data.autoencoder import AUTOENCODERS, BUNDLED_AUTOENCODERS
 from latent_dmmd.data.folders import find_images
 from latent_dmmd.data.particles import counted_images, shard_path
 from latent_dmmd.latent_pipeline import bundled_pipelines, pipeline_folder
@@ -25,9 +25,9 @@ def describe_folder(path: str | Path) -> str:
 
     Raises ValueError if there is no such folder.
     """
-    folder = Path(BUNDLED_AT) if str(path) == BUNDLED_AUTOENCODER else Path(pipeline_folder(path))
+    folder = BUNDLED_AUTOENCODERS.get(str(path)) or Path(pipeline_folder(path))
     if not folder.is_dir():
-        bundled = ", ".join([*bundled_pipelines(), BUNDLED_AUTOENCODER])
+        bundled = ", ".join([*bundled_pipelines(), *BUNDLED_AUTOENCODERS])
         raise ValueError(f"no folder {path}; give one, or a bundled name: {bundled}")
     for describe in (pipeline, checkpoint, run, cache, model, samples, runs, images):
         found = describe(folder)
@@ -179,7 +179,7 @@ def model(folder: Path) -> tuple[str, Facts] | None:
     facts = {"weights": num_parameters(folder), "channels": config.get("latent_channels"), "size": size_of(folder)}
     if name not in AUTOENCODERS:
         return f"a {name}, part of a pipeline or another library's model", facts
-    known_as = BUNDLED_AUTOENCODER if folder == Path(BUNDLED_AT) else quote(str(folder))
+    known_as = next((name for name, at in BUNDLED_AUTOENCODERS.items() if at == folder), quote(str(folder)))
     next_command = f"latent-dmmd train --autoencoder.name_or_path {known_as} --output_dir runs/NAME"
     return f"an autoencoder, {name}", {**facts, "next": next_command}
 

@@ -8,7 +8,7 @@ from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 
 from latent_dmmd.commands import command_parser
-from latent_dmmd.data.autoencoder import BUNDLED_AUTOENCODER, load_autoencoder
+from latent_dmmd.data.autoencoder import BUNDLED_AUTOENCODERS, load_autoencoder
 from latent_dmmd.data.sources import OnBadImage, load_images
 from latent_dmmd.metrics.evaluation import evaluate
 from latent_dmmd.metrics.extractors import Reconstructions
@@ -45,8 +45,8 @@ def main(args: list[str] | None = None) -> None:
     if isinstance(reference, Reference) and args.autoencoder is not None:
         raise ValueError(f"{args.reference} holds no images to reconstruct; leave out --autoencoder")
     autoencoder = args.autoencoder
-    if autoencoder is None and args.reference.partition(":")[0] == "elpv":
-        autoencoder = BUNDLED_AUTOENCODER
+    if autoencoder is None:
+        autoencoder = bundled_for(args.reference)
     floor_name = FLOORS.get(reference.name)
     if args.npz is not None:
         save_samples(generated, args.npz)
@@ -61,6 +61,12 @@ def main(args: list[str] | None = None) -> None:
     for line in scores.remarks():
         print(f"warning: {line}", file=sys.stderr)
     print(scores)
+
+
+def bundled_for(reference: str) -> str | None:
+    """The bundled autoencoder of a data set with a name; None for other images."""
+    name = f"{reference.partition(':')[0]}-vae"
+    return name if name in BUNDLED_AUTOENCODERS else None
 
 
 def check_outputs(args: Namespace) -> None:

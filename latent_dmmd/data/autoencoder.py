@@ -21,20 +21,22 @@ Autoencoder = AutoencoderKL | AutoencoderTiny | AutoencoderDC
 
 ROUNDING_ERROR = (2 / 255) ** 2 / 12  # mean square of rounding pixels in [-1, 1] to 8 bits
 BUNDLED_AUTOENCODER = "elpv-vae"  # a name, so that saved configurations hold on every machine
-BUNDLED_AT = files("latent_dmmd") / "assets" / "elpv-dmmd" / "vae"
+ASSETS = Path(str(files("latent_dmmd"))) / "assets"
+BUNDLED_AUTOENCODERS = {BUNDLED_AUTOENCODER: ASSETS / "elpv-dmmd" / "vae", "openmoji-vae": ASSETS / "openmoji-vae"}
 
 
 def load_autoencoder(name_or_path: str, device: torch.device | str = "cpu") -> Autoencoder:
     """A frozen autoencoder in float32, by folder or hub name; its class is read from its configuration.
 
     Args:
-        name_or_path: A folder that `save_pretrained` wrote, a name on the hub, or "elpv-vae", the bundled one.
+        name_or_path: A folder that `save_pretrained` wrote, a name on the hub, or a bundled one's: "elpv-vae",
+            "openmoji-vae".
         device: Where to put it.
 
     Raises:
         ValueError: If it cannot be found or read, or is of another class; the message is one line.
     """
-    if name_or_path == BUNDLED_AUTOENCODER:
+    if name_or_path in BUNDLED_AUTOENCODERS:
         name_or_path = str(autoencoder_folder(name_or_path))
     try:
         config = AutoencoderKL.load_config(name_or_path)
@@ -93,8 +95,13 @@ def downsampling_of(vae: Autoencoder) -> int:
 
 
 def autoencoder_folder(name_or_path: str) -> Path:
-    """The folder of a saved autoencoder, also of the bundled one; for a name on the hub it does not exist."""
-    return Path(str(BUNDLED_AT) if name_or_path == BUNDLED_AUTOENCODER else name_or_path)
+    """The folder of a saved autoencoder, also of a bundled one; for a name on the hub it does not exist."""
+    return BUNDLED_AUTOENCODERS.get(name_or_path, Path(name_or_path))
+
+
+def trained_on(name_or_path: str | None) -> str | None:
+    """The data set with a name that a bundled autoencoder has seen; None for others."""
+    return name_or_path.removesuffix("-vae") if name_or_path in BUNDLED_AUTOENCODERS else None
 
 
 def decode_pixels(vae: Autoencoder, latents: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import yaml
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from latent_dmmd.data.autoencoder import BUNDLED_AUTOENCODER, Autoencoder, load_autoencoder
+from latent_dmmd.data.autoencoder import Autoencoder, load_autoencoder, trained_on
 from latent_dmmd.data.folders import printable
 from latent_dmmd.data.sources import counted
 from latent_dmmd.metrics.autoencoders import AutoencoderScores, evaluate_autoencoder
@@ -93,7 +93,7 @@ def licence(config: AutoencoderTrainingConfig) -> str:
     """That of the data and of the weights it started from, where they are known."""
     sources = {config.data.name_or_path.partition(":")[0]}
     if config.init_from is not None:
-        sources.add("elpv" if config.init_from == BUNDLED_AUTOENCODER else "unknown")
+        sources.add(trained_on(config.init_from))
     found = {LICENCES.get(name, "other") for name in sources}
     return found.pop() if len(found) == 1 else "other"
 

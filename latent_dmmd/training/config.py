@@ -73,8 +73,8 @@ class AutoencoderConfig:
     """The frozen autoencoder.
 
     Args:
-        name_or_path: A diffusers folder or hub name: AutoencoderKL, AutoencoderTiny or AutoencoderDC; "elpv-vae", the
-            bundled one; or null: particles are pixels.
+        name_or_path: A diffusers folder or hub name: AutoencoderKL, AutoencoderTiny or AutoencoderDC; a bundled one,
+            "elpv-vae" or "openmoji-vae"; or null: particles are pixels.
         batch_size: Images encoded at once.
     """
 

@@ -6,7 +6,7 @@ import torch
 import yaml
 from PIL import Image
 
-from latent_dmmd.data.autoencoder import BUNDLED_AUTOENCODER, Autoencoder, reconstruct
+from latent_dmmd.data.autoencoder import Autoencoder, reconstruct, trained_on
 from latent_dmmd.data.folders import printable
 from latent_dmmd.data.particles import Particles
 from latent_dmmd.data.sources import ImageSource
@@ -88,12 +88,13 @@ pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER", trust_remote_code=True)
 
 
 def licence_and_terms(config: Config) -> tuple[str, str]:
-    """What the weights derive from, and the licence that follows; the bundled autoencoder has seen ELPV."""
+    """What the weights derive from, and the licence that follows, from the images and from a bundled autoencoder's."""
     name = config.data.name_or_path.partition(":")[0]
     licence, origin = LICENCES.get(name, ("other", "the data below and follow their terms."))
     terms = f"The weights derive from {origin}"
-    if config.autoencoder.name_or_path == BUNDLED_AUTOENCODER and name != "elpv":
-        licence, terms = "other", f"{terms} Those of the autoencoder derive from {LICENCES['elpv'][1]}"
+    seen = trained_on(config.autoencoder.name_or_path)
+    if seen not in (None, name):
+        licence, terms = "other", f"{terms} Those of the autoencoder derive from {LICENCES[seen][1]}"
     return licence, terms
 
 

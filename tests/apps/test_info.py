@@ -167,7 +167,7 @@ def test_what_is_not_known(tmp_path):
     text = describe_folder(tmp_path)
     assert "\n" not in text and "looked for" in text and "model_index.json" in text
     for path in (tmp_path / "thesis.tex", tmp_path / "nowhere", "elpv-dmdm"):
-        with pytest.raises(ValueError, match="or a bundled name: elpv-dmmd, elpv-flow-matching, elpv-vae"):
+        with pytest.raises(ValueError, match="bundled name: elpv-dmmd, elpv-flow-matching, elpv-vae, openmoji-vae"):
             describe_folder(path)
 
 
