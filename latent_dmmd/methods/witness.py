@@ -136,7 +136,8 @@ class WitnessMethod(Method):
         )
 
     def sampling_options(self, sampling: SamplingDefaults) -> dict:
-        return {name: getattr(sampling, name) for name in ("num_noise_levels", "steps_per_level", "sampler")}
+        options = {name: getattr(sampling, name) for name in ("num_noise_levels", "steps_per_level", "sampler")}
+        return options | {"solver_order": sampling.solver_order if self.options.forward_process == "linear" else 1}
 
     def pipeline(
         self,

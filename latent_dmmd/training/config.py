@@ -158,6 +158,7 @@ class SamplingConfig(SamplingDefaults):
         sampler: "exact", "approximate" or "hybrid".
         num_noise_levels: Noise levels K of the flow.
         steps_per_level: Gradient steps at each.
+        solver_order: Order of the steps, 1 or 2; 2 uses the step before as well and costs no evaluation.
         num_images: Particles.
         seed: Seed of the initial particles.
     """
@@ -168,6 +169,7 @@ class SamplingConfig(SamplingDefaults):
     def __post_init__(self) -> None:
         for name in ("num_images", "num_noise_levels", "steps_per_level"):
             check(getattr(self, name) > 0, f"sampling.{name} must be positive; got {getattr(self, name)}")
+        check(self.solver_order in (1, 2), f"sampling.solver_order must be 1 or 2; got {self.solver_order}")
         check_seed("sampling.seed", self.seed)
 
 
