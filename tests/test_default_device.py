@@ -30,7 +30,7 @@ from latent_dmmd.data.particles import LatentCache
 from latent_dmmd.discrepancy import get_discrepancy, kale, mmd2
 from latent_dmmd.distillation import OneStep
 from latent_dmmd.editing import editor_of
-from latent_dmmd.experiments import complexity, stages, toy2d, workers
+from latent_dmmd.experiments import complexity, stages, toy2d_report, workers
 from latent_dmmd.experiments.compare import CompareConfig, Comparison
 from latent_dmmd.experiments.diagnosis import Diagnosis, save_diagnosis
 from latent_dmmd.experiments.noise_injection import InjectedApproximateFlow, InjectedExactFlow
@@ -436,5 +436,5 @@ def test_costs(trap):
 
 
 def test_two_dimensions(trap, tmp_path):
-    _, particles, curves = toy2d.toy_report(25, 8, training_steps=2, seeds=(0,), scoring_samples=20)
-    toy2d.plot_toy(particles, curves, toy2d.bandwidth_report(num_samples=20), tmp_path / "toy2d.png")
+    _, particles, curves = toy2d_report.toy_report(25, 8, training_steps=2, seeds=(0,), scoring_samples=20)
+    toy2d_report.plot_toy(particles, curves, toy2d_report.bandwidth_report(num_samples=20), tmp_path / "toy2d.png")
