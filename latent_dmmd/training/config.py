@@ -4,7 +4,6 @@ Defaults live in these dataclasses, in those of the methods and in `pipeline.Sam
 `configs/` hold the differences, with their reasons.
 """
 
-import difflib
 import math
 import re
 import sys
@@ -22,7 +21,7 @@ from latent_dmmd.methods.base import METHODS, Method, MethodConfig, NetConfig, b
 from latent_dmmd.methods.witness_matching import WitnessMatchingConfig
 from latent_dmmd.pipeline import SamplingDefaults
 from latent_dmmd.training.configurations import with_bundled
-from latent_dmmd.utils.errors import ConfigError, check
+from latent_dmmd.utils.errors import ConfigError, check, did_you_mean
 from latent_dmmd.utils.files import expand_home, write_aside
 from latent_dmmd.utils.process import check_precision
 
@@ -251,8 +250,7 @@ def parser_message(message: str, names: list[str], method: str | None = None) ->
     owners = [n for n, m in METHODS.items() if method and group == "objective" and key in field_names(m.config_class)]
     if owners:
         return f"{name} is a key of {', '.join(owners)}, and not of {method}; leave it out or set objective.name"
-    known = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    return f"no such key: {name}" + (f"; did you mean {known[0]}?" if known else "")
+    return f"no such key: {name}" + did_you_mean(name, names, cutoff=0.4)
 
 
 def field_names(config_class: type) -> list[str]:
