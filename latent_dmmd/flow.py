@@ -335,3 +335,28 @@ def get_flow(sampler: Sampler, net: nn.Module, embeddings: MeanEmbeddings, *args
     if sampler not in FLOWS:
         raise ValueError(f"sampler must be 'exact', 'approximate' or 'hybrid'; got {sampler!r}")
     return FLOWS[sampler](net, embeddings, *args, **options)
+
+
+def run_in_step(
+    flows: dict[int | None, Flow],
+    labels: list[int | None],
+    z: Tensor,
+    steps: list[FlowStep],
+    callback: Callable[[int, FlowStep, Tensor], Tensor],
+) -> Tensor:
+    """Particles of several classes down the flow of each, step by step with each other.
+
+    Args:
+        flows: The flow of each class, or of any class, None.
+        labels: The class of every particle.
+        z, steps, callback: As of `Flow.run`; the callback sees the particles of all classes.
+    """
+    if len(flows) == 1:
+        return next(iter(flows.values())).run(z, steps, callback)
+    rows = {c: torch.tensor([i for i, label in enumerate(labels) if label == c], device=z.device) for c in flows}
+    for i, step in enumerate(steps):
+        moved = z.clone()
+        for label, flow in flows.items():
+            moved[rows[label]] = flow.step(z[rows[label]], step)
+        z = callback(i, step, moved)
+    return z
