@@ -1,12 +1,12 @@
 """`latent-dmmd COMMAND …`, also as `python -m latent_dmmd` and `accelerate launch -m latent_dmmd`."""
 
 import sys
-from difflib import get_close_matches
 from importlib import import_module
 
 from latent_dmmd import __version__
 from latent_dmmd.commands import COMMANDS
 from latent_dmmd.utils.cli import run
+from latent_dmmd.utils.errors import did_you_mean
 
 PROGRAM = "latent-dmmd"
 
@@ -36,9 +36,9 @@ def main() -> None:
         sys.argv = [f"{PROGRAM} {name}", *arguments]  # the name that usage and errors begin with
         run(import_module(f"latent_dmmd.commands.{name.replace('-', '_')}").main)
     else:
-        near = get_close_matches(name.replace("_", "-"), COMMANDS, n=1, cutoff=0.55)
-        hint = f"did you mean {near[0]}?" if near else f"{PROGRAM} --help lists the commands"
-        print(f"{PROGRAM}: no command {name!r}; {hint}", file=sys.stderr)
+        near = did_you_mean(name.replace("_", "-"), COMMANDS, cutoff=0.55)
+        hint = near or f"; {PROGRAM} --help lists the commands"
+        print(f"{PROGRAM}: no command {name!r}{hint}", file=sys.stderr)
         sys.exit(2)
 
 

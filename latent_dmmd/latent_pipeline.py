@@ -1,4 +1,4 @@
-"""What every pipeline shares: bundled names, particles and images, initial noise, and the habits of diffusers.
+"""What every pipeline shares: bundled names, index, particles and images, initial noise, and the habits of diffusers.
 
 Particles, kernels and mean embeddings are in float32. Network and autoencoder run in their own type: what goes in is
 cast at their border, and what comes out is float32 again.
@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.hub_utils import load_or_create_model_card, populate_model_card
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import CommitInfo, ModelCard, create_repo
+from huggingface_hub import CommitInfo, ModelCard, create_repo, hf_hub_download
 from torch import Tensor, nn
 
 from latent_dmmd.data.autoencoder import (
@@ -287,6 +287,23 @@ class LatentPipeline(DiffusionPipeline):
         images = z if output_type == "latent" else self.decode(z, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def read_index(name_or_path: str | Path) -> dict:
+    """What a saved pipeline says of itself, by folder, bundled name or name on the hub.
+
+    Raises ValueError if there is none, or the hub cannot be reached.
+    """
+    folder, name = Path(pipeline_folder(name_or_path)), LatentPipeline.config_name
+    try:
+        index = folder / name if folder.exists() else hf_hub_download(str(name_or_path), name)
+        index = LatentPipeline._dict_from_json_file(index)
+        return {**index, "class_names": as_list(index.get("class_names"))}
+    except (OSError, ValueError) as error:  # ValueError: no name on the hub, or no JSON
+        raise ValueError(
+            f"no pipeline in {name_or_path}; give the folder that training wrote, runs/NAME/pipeline, the name of one "
+            f"on the hub that can be reached, or a bundled one: {', '.join(bundled_pipelines())}"
+        ) from error
 
 
 def as_list(class_names: list[str] | dict[str, str] | None) -> list[str] | None:

@@ -6,67 +6,43 @@ is compared with. Both are called alike: `pipe(batch_size, num_inference_steps=â
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput
-from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
 from latent_dmmd.baselines import VelocityNet
 from latent_dmmd.data.autoencoder import Autoencoder
 from latent_dmmd.embeddings import MeanEmbeddings
 from latent_dmmd.features import BilinearFeatures, EncoderFeatureNet, FeatureNet
-from latent_dmmd.flow import (
-    Flow,
-    FlowStep,
-    GuidedFlow,
-    Multistep,
-    Sampler,
-    SolverOrder,
-    flow_schedule,
-    get_flow,
-    num_levels_up_to,
-    rank_and_size,
-    steps_for_nfe,
-)
+from latent_dmmd.flow import Flow, GuidedFlow, get_flow, rank_and_size, run_in_step
 from latent_dmmd.forward import LinearInterpolant
 from latent_dmmd.latent_pipeline import (
     Generators,
     LatentPipeline,
     OutputType,
     as_list,
-    bundled_pipelines,
     check_output_type,
     outside_inference,
-    pipeline_folder,
+    read_index,
     take_outside_inference,
+)
+from latent_dmmd.schedule import (
+    FlowStep,
+    Multistep,
+    Sampler,
+    SamplingDefaults,
+    SolverOrder,
+    flow_schedule,
+    num_levels_up_to,
+    steps_for_nfe,
 )
 from latent_dmmd.utils.process import default_device
 
 DEFAULT_NUM_INFERENCE_STEPS = 50  # of a scheduler
-
-
-@dataclass
-class SamplingDefaults:
-    """How a DMMD pipeline generates where a call does not say; a saved pipeline carries its own.
-
-    Args:
-        sampler: "approximate" (stored mean embeddings, independent particles), which suits any number of images;
-            "exact" (mean embeddings of the particles, which interact), for large batches; or "hybrid" (exact for the
-            last levels).
-        num_noise_levels: Noise levels K of the flow.
-        steps_per_level: Gradient steps N_s at each.
-        solver_order: Order of the steps: 1, or 2, which uses the step before as well and costs no evaluation. It takes the
-            linear forward process; elsewhere it is 1.
-    """
-
-    sampler: Sampler = "approximate"
-    num_noise_levels: int = 25
-    steps_per_level: int = 2
-    solver_order: SolverOrder = 2
 
 
 class LatentDMMDPipeline(LatentPipeline):
@@ -190,10 +166,8 @@ class LatentDMMDPipeline(LatentPipeline):
         labels = self.labels_of(class_labels, len(z) * num_ranks)
         if len(set(labels)) > 1 and self.flow_options.across_ranks:
             raise ValueError("across_ranks needs the same class for all images")
-        flows = []
-        for label in dict.fromkeys(labels):
-            which = torch.tensor([i for i, other in enumerate(labels) if other == label], device=z.device)
-            flows.append((which, self.flow_of(label, sampler, guidance_scale, solver_order)))
+        own_flow = partial(self.flow_of, sampler=sampler, guidance_scale=guidance_scale, solver_order=solver_order)
+        flows = {label: own_flow(label) for label in dict.fromkeys(labels)}
 
         levels = self.mean_embeddings.levels.tolist()
         with self.progress_bar(total=len(steps)) as progress:
@@ -202,14 +176,7 @@ class LatentDMMDPipeline(LatentPipeline):
                 progress.update()
                 return self.after_step(callback, i, levels[step.level], z)
 
-            if len(flows) == 1:
-                return flows[0][1].run(z, steps, after_step)
-            for i, step in enumerate(steps):  # classes in step with each other, for the callback
-                moved = z.clone()
-                for which, flow in flows:
-                    moved[which] = flow.step(z[which], step)
-                z = after_step(i, step, moved)
-            return z
+            return run_in_step(flows, labels, z, steps, after_step)
 
     @torch.no_grad()
     def __call__(
@@ -397,25 +364,7 @@ class LatentSchedulerPipeline(LatentPipeline):
         return self.output(z, output_type, return_dict)
 
 
-INDEX = LatentPipeline.config_name
 PIPELINES = {cls.__name__: cls for cls in (LatentDMMDPipeline, LatentSchedulerPipeline)}
-
-
-def read_index(name_or_path: str | Path) -> dict:
-    """What a saved pipeline says of itself, by folder, bundled name or name on the hub.
-
-    Raises ValueError if there is none, or the hub cannot be reached.
-    """
-    folder = Path(pipeline_folder(name_or_path))
-    try:
-        index = folder / INDEX if folder.exists() else hf_hub_download(str(name_or_path), INDEX)
-        index = LatentPipeline._dict_from_json_file(index)
-        return {**index, "class_names": as_list(index.get("class_names"))}
-    except (OSError, ValueError) as error:  # ValueError: no name on the hub, or no JSON
-        raise ValueError(
-            f"no pipeline in {name_or_path}; give the folder that training wrote, runs/NAME/pipeline, the name of one "
-            f"on the hub that can be reached, or a bundled one: {', '.join(bundled_pipelines())}"
-        ) from error
 
 
 def load_pipeline(name_or_path: str | Path) -> LatentDMMDPipeline | LatentSchedulerPipeline:

@@ -30,12 +30,12 @@ from latent_dmmd.data.particles import LatentCache
 from latent_dmmd.discrepancy import get_discrepancy, kale, mmd2
 from latent_dmmd.distillation import OneStep
 from latent_dmmd.editing import editor_of
-from latent_dmmd.experiments import complexity, stages, toy2d, workers
+from latent_dmmd.experiments import complexity, stages, toy2d_report, workers
 from latent_dmmd.experiments.compare import CompareConfig, Comparison
 from latent_dmmd.experiments.diagnosis import Diagnosis, save_diagnosis
 from latent_dmmd.experiments.noise_injection import InjectedApproximateFlow, InjectedExactFlow
 from latent_dmmd.experiments.report import write_report
-from latent_dmmd.flow import ExactFlow, flow_schedule
+from latent_dmmd.flow import ExactFlow
 from latent_dmmd.forward import FORWARD_PROCESSES, LinearInterpolant, get_forward_process, noise_levels
 from latent_dmmd.kernels import get_kernel
 from latent_dmmd.latent_pipeline import FlowOptions
@@ -45,6 +45,7 @@ from latent_dmmd.metrics.evaluation import evaluate
 from latent_dmmd.metrics.scores import memorised_share
 from latent_dmmd.objective import DMMD, WitnessMatching
 from latent_dmmd.pipeline import LatentDMMDPipeline, load_pipeline
+from latent_dmmd.schedule import flow_schedule
 from latent_dmmd.training import autoencoder
 from latent_dmmd.training.autoencoder_config import AutoencoderTrainingConfig, CropDataConfig
 from latent_dmmd.training.config import Config, parse_config
@@ -436,5 +437,5 @@ def test_costs(trap):
 
 
 def test_two_dimensions(trap, tmp_path):
-    _, particles, curves = toy2d.toy_report(25, 8, training_steps=2, seeds=(0,), scoring_samples=20)
-    toy2d.plot_toy(particles, curves, toy2d.bandwidth_report(num_samples=20), tmp_path / "toy2d.png")
+    _, particles, curves = toy2d_report.toy_report(25, 8, training_steps=2, seeds=(0,), scoring_samples=20)
+    toy2d_report.plot_toy(particles, curves, toy2d_report.bandwidth_report(num_samples=20), tmp_path / "toy2d.png")

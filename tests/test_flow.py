@@ -7,15 +7,8 @@ from torch import nn
 from latent_dmmd.calibration import calibrate_on_particles, measure_embeddings, measure_gradients
 from latent_dmmd.discrepancy import MMD, get_discrepancy, mmd2
 from latent_dmmd.embeddings import MeanEmbeddings
-from latent_dmmd.flow import (
-    ApproximateFlow,
-    ExactFlow,
-    FlowStep,
-    HybridFlow,
-    flow_schedule,
-    get_flow,
-    steps_for_nfe,
-)
+from latent_dmmd.flow import ApproximateFlow, ExactFlow, Flow, HybridFlow, get_flow, run_in_step
+from latent_dmmd.schedule import FlowStep, flow_schedule, steps_for_nfe
 
 
 class Identity(nn.Module):
@@ -445,3 +438,30 @@ def test_levels_and_steps_of_an_nfe(nfe, expected):
 def test_an_nfe_is_positive():
     with pytest.raises(ValueError, match="at least 1"):
         steps_for_nfe(0, 25)
+
+
+class Away(Flow):
+    """A flow that moves particles by a constant and by their mean, so that it matters which ones it is given."""
+
+    def __init__(self, by):
+        self.by = by
+
+    def step(self, z, step):
+        return z + self.by + z.mean()
+
+
+def test_classes_go_in_step_each_down_its_own_flow():
+    z, steps, seen = torch.randn(5, 1, 1, 1), [FlowStep(0, 1.0, 0.5), FlowStep(0, 0.5, 0.0)], []
+    flows, labels = {1: Away(1.0), None: Away(-3.0)}, [None, 1, 1, None, 1]
+
+    def callback(i, step, z):
+        seen.append((i, step, z.clone()))
+        return z + 10
+
+    end = run_in_step(flows, labels, z, steps, callback)
+    for label, rows in {1: [1, 2, 4], None: [0, 3]}.items():
+        alone = flows[label].run(z[rows], steps, lambda i, step, z: z + 10)
+        torch.testing.assert_close(end[rows], alone)
+    assert [(i, step) for i, step, _ in seen] == list(enumerate(steps)) and all(len(z) == 5 for *_, z in seen)
+    one = run_in_step({None: flows[None]}, [None] * 5, z, steps, callback)
+    torch.testing.assert_close(one, flows[None].run(z, steps, lambda i, step, z: z + 10))

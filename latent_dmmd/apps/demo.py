@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import gradio as gr
 import torch
@@ -21,11 +21,12 @@ from latent_dmmd.apps.film import decoded
 from latent_dmmd.data.sources import load_images
 from latent_dmmd.editing import editor_of
 from latent_dmmd.experiments.diagnosis import Diagnosis, save_diagnosis
-from latent_dmmd.flow import Sampler
-from latent_dmmd.pipeline import LatentDMMDPipeline, LatentPipeline, SamplingDefaults, load_pipeline, read_index
+from latent_dmmd.pipeline import LatentDMMDPipeline, LatentPipeline, load_pipeline, read_index
+from latent_dmmd.schedule import Sampler, SamplingDefaults
 from latent_dmmd.utils.images import labelled_grid, to_pil
 
 THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+BUSY = dict(concurrency_id="pipeline", concurrency_limit=1)  # of what runs a pipeline: one at a time
 NUM_FRAMES, MAX_IMAGES, MAX_SEED, ANY = 12, 16, 2**31 - 1, "any"
 
 
@@ -74,32 +75,54 @@ def packed(images: list[Image.Image]) -> str:
     return str(folder / "images.zip")
 
 
-def build_demo(folders: dict[str, str]) -> gr.Blocks:
-    """The page.
+class Controls(NamedTuple):
+    """What stands above the tabs and holds for all of them."""
+
+    name: gr.Dropdown
+    seed: gr.Number
+    num_levels: gr.Slider
+    steps_per_level: gr.Slider
+
+
+class Actions:
+    """What the buttons do.
 
     Args:
         folders: Names and folders of saved pipelines; each is loaded when it is first used.
 
-    Returns:
-        The page, to be launched with `THEME`.
-
     Raises:
         ValueError: If there is no pipeline in a folder.
     """
-    class_names = {name: read_index(folder).get("class_names") or [] for name, folder in folders.items()}
-    loaded = cache(lambda name: load_pipeline(folders[name]))
 
-    def pipeline(name: str) -> LatentPipeline:
-        pipe = loaded(name)
+    def __init__(self, folders: dict[str, str]) -> None:
+        self.class_names = {name: read_index(folder).get("class_names") or [] for name, folder in folders.items()}
+        self.loaded = cache(lambda name: load_pipeline(folders[name]))
+
+    def pipeline(self, name: str) -> LatentPipeline:
+        """A pipeline by its name."""
+        pipe = self.loaded(name)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    def classes(name: str) -> gr.Dropdown:
-        return gr.Dropdown([ANY, *class_names[name]], value=ANY)
+    def classes(self, name: str) -> gr.Dropdown:
+        """The choice among a pipeline's classes."""
+        return gr.Dropdown([ANY, *self.class_names[name]], value=ANY)
 
-    def generate(name, seed, count, sampler, label, guidance, num_levels, steps_per_level, progress=gr.Progress()):  # noqa: B008
+    def generate(
+        self,
+        name,
+        seed,
+        count,
+        sampler,
+        label,
+        guidance,
+        num_levels,
+        steps_per_level,
+        progress=gr.Progress(),  # noqa: B008
+    ):
+        """Particles on their way, then the images and a file of them."""
         with shown_errors():
-            pipe, generator, nfe = pipeline(name), seed_of(seed), int(num_levels * steps_per_level)
+            pipe, generator, nfe = self.pipeline(name), seed_of(seed), int(num_levels * steps_per_level)
             every, count = max(1, nfe // NUM_FRAMES), int(count)
             sampling = {"num_inference_steps": nfe}
             if isinstance(pipe, LatentDMMDPipeline):
@@ -126,18 +149,13 @@ def build_demo(folders: dict[str, str]) -> gr.Blocks:
                     caption = f"step {step} of {nfe}, t = {t:.2f}"
                     yield labelled_grid({caption: images_uint8}, columns=min(4, count)), None, None
 
-    def inpaint(name, seed, drawing, num_variations, num_steps, strength, progress=gr.Progress()):  # noqa: B008
+    def inpaint(self, name, seed, drawing, num_variations, num_steps, strength, progress=gr.Progress()):  # noqa: B008
+        """Images in which what was painted over is replaced, and a file of them."""
         with shown_errors():
-            if not drawing or drawing["background"] is None:
-                raise ValueError("load an image first")
-            layers = [layer.getchannel("A") for layer in drawing["layers"] if layer is not None]
-            mask = layers[0].point(lambda alpha: 255 if alpha > 0 else 0) if layers else None
-            if mask is None or mask.getbbox() is None:
-                raise ValueError("first paint over what is to be replaced")
-            pipe, generator = pipeline(name), seed_of(seed)
+            image, mask = image_and_mask(drawing)
+            pipe, generator = self.pipeline(name), seed_of(seed)
             editor = editor_of(pipe, "inpaint")
             editor.set_progress_bar_config(disable=True)
-            image = drawing["background"].convert("RGB")
 
             def run(report: Callable) -> list[Image.Image]:
                 return editor(
@@ -155,9 +173,10 @@ def build_demo(folders: dict[str, str]) -> gr.Blocks:
                     return value, packed(value)
                 progress((value, int(num_steps)), desc="flow")
 
-    def diagnose(name, seed, data, num_particles, num_levels, steps_per_level):
+    def diagnose(self, name, seed, data, num_particles, num_levels, steps_per_level):
+        """The plot of both flows against the forward process."""
         with shown_errors():
-            pipe, seed = pipeline(name), seed_of(seed).initial_seed()
+            pipe, seed = self.pipeline(name), seed_of(seed).initial_seed()
             if not isinstance(pipe, LatentDMMDPipeline):
                 raise ValueError(f"{name} has no witness to diagnose; choose a DMMD pipeline")
             source = load_images(data, resolution=pipe.resolution)
@@ -168,54 +187,99 @@ def build_demo(folders: dict[str, str]) -> gr.Blocks:
             save_diagnosis(flows, {"data": data, "seed": seed}, folder)
             return str(folder / "diagnosis.png")
 
+
+def image_and_mask(drawing: dict | None) -> tuple[Image.Image, Image.Image]:
+    """What an image editor holds: an image, and 255 where it was painted over. Raises ValueError if one is missing."""
+    if not drawing or drawing["background"] is None:
+        raise ValueError("load an image first")
+    layers = [layer.getchannel("A") for layer in drawing["layers"] if layer is not None]
+    mask = layers[0].point(lambda alpha: 255 if alpha > 0 else 0) if layers else None
+    if mask is None or mask.getbbox() is None:
+        raise ValueError("first paint over what is to be replaced")
+    return drawing["background"].convert("RGB"), mask
+
+
+def take_image(gallery: list | None) -> Image.Image:
+    """The first image of a gallery."""
+    with shown_errors():
+        if not gallery:
+            raise ValueError("generate images first")
+        return gallery[0][0]
+
+
+def build_demo(folders: dict[str, str]) -> gr.Blocks:
+    """The page.
+
+    Args:
+        folders: Names and folders of saved pipelines; each is loaded when it is first used.
+
+    Returns:
+        The page, to be launched with `THEME`.
+
+    Raises:
+        ValueError: If there is no pipeline in a folder.
+    """
+    actions = Actions(folders)
     with gr.Blocks(title="latent_dmmd", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown("# latent_dmmd\nNoise flows down the gradient of a learned discrepancy until it is an image.")
         with gr.Row():
-            name = gr.Dropdown(list(folders), value=next(iter(folders)), label="Pipeline")
-            seed = gr.Number(0, precision=0, label="Seed")
-            num_levels = gr.Slider(1, 25, 25, step=1, label="Noise levels")
-            steps_per_level = gr.Slider(1, 8, 1, step=1, label="Steps per level")
-        busy = dict(concurrency_id="pipeline", concurrency_limit=1)
+            controls = Controls(
+                name=gr.Dropdown(list(folders), value=next(iter(folders)), label="Pipeline"),
+                seed=gr.Number(0, precision=0, label="Seed"),
+                num_levels=gr.Slider(1, 25, 25, step=1, label="Noise levels"),
+                steps_per_level=gr.Slider(1, 8, 1, step=1, label="Steps per level"),
+            )
         with gr.Tab("Generate"):
-            with gr.Row():
-                num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images")
-                sampler = gr.Dropdown(list(get_args(Sampler)), value=SamplingDefaults().sampler, label="Sampler (DMMD)")
-                label = gr.Dropdown([ANY], value=ANY, label="Class")
-                guidance = gr.Slider(1.0, 5.0, 1.0, step=0.5, label="Guidance (approximate sampler)")
-            start = gr.Button("Generate", variant="primary", elem_id="generate")
-            flow = gr.Image(label="Flow", interactive=False, buttons=["download"], elem_id="flow")
-            gallery = gr.Gallery(label="Images", columns=4, interactive=False, elem_id="images")
-            files = gr.DownloadButton("Download the images", elem_id="download")
-            name.change(classes, name, label)
-            page.load(classes, name, label)
-            inputs = [name, seed, num_images, sampler, label, guidance, num_levels, steps_per_level]
-            start.click(generate, inputs, [flow, gallery, files], **busy)
+            gallery = generate_tab(page, actions, controls)
         with gr.Tab("Inpaint"):
-            brush = gr.Brush(colors=["#ff0000"], color_mode="fixed", default_size=40)
-            canvas = dict(layers=False, brush=brush, canvas_size=(512, 512), transforms=(), sources=("upload",))
-            drawing = gr.ImageEditor(type="pil", label="Paint over what is to be replaced", elem_id="drawing", **canvas)
-            take = gr.Button("Take a generated image", elem_id="take")
-            with gr.Row():
-                num_variations = gr.Slider(1, MAX_IMAGES, 2, step=1, label="Images")
-                num_steps = gr.Slider(1, 25, 10, step=1, label="Steps")
-                strength = gr.Slider(0.1, 1.0, 1.0, step=0.05, label="Strength")
-            change = gr.Button("Inpaint", variant="primary", elem_id="inpaint")
-            edited = gr.Gallery(label="Images", columns=4, interactive=False, elem_id="edited")
-            edited_files = gr.DownloadButton("Download the images")
-            inputs = [name, seed, drawing, num_variations, num_steps, strength]
-            change.click(inpaint, inputs, [edited, edited_files], **busy)
-
-            def take_image(gallery: list | None) -> Image.Image:
-                with shown_errors():
-                    if not gallery:
-                        raise ValueError("generate images first")
-                    return gallery[0][0]
-
-            take.click(take_image, gallery, drawing)
+            inpaint_tab(actions, controls, gallery)
         with gr.Tab("Diagnose"):
-            data = gr.Textbox("elpv:train", label="Images it was trained on: a folder, elpv:train")
-            num_particles = gr.Slider(4, 64, 16, step=1, label="Particles")
-            look = gr.Button("Diagnose", variant="primary", elem_id="diagnose")
-            plot = gr.Image(label="Particles against the forward process", interactive=False, elem_id="plot")
-            look.click(diagnose, [name, seed, data, num_particles, num_levels, steps_per_level], plot, **busy)
+            diagnose_tab(actions, controls)
     return page
+
+
+def generate_tab(page: gr.Blocks, actions: Actions, controls: Controls) -> gr.Gallery:
+    """Fill the tab that generates. Returns where its images are shown."""
+    name, seed, num_levels, steps_per_level = controls
+    with gr.Row():
+        num_images = gr.Slider(1, MAX_IMAGES, 4, step=1, label="Images")
+        sampler = gr.Dropdown(list(get_args(Sampler)), value=SamplingDefaults().sampler, label="Sampler (DMMD)")
+        label = gr.Dropdown([ANY], value=ANY, label="Class")
+        guidance = gr.Slider(1.0, 5.0, 1.0, step=0.5, label="Guidance (approximate sampler)")
+    start = gr.Button("Generate", variant="primary", elem_id="generate")
+    flow = gr.Image(label="Flow", interactive=False, buttons=["download"], elem_id="flow")
+    gallery = gr.Gallery(label="Images", columns=4, interactive=False, elem_id="images")
+    files = gr.DownloadButton("Download the images", elem_id="download")
+    name.change(actions.classes, name, label)
+    page.load(actions.classes, name, label)
+    inputs = [name, seed, num_images, sampler, label, guidance, num_levels, steps_per_level]
+    start.click(actions.generate, inputs, [flow, gallery, files], **BUSY)
+    return gallery
+
+
+def inpaint_tab(actions: Actions, controls: Controls, gallery: gr.Gallery) -> None:
+    """Fill the tab that inpaints, where a generated image can be taken from a gallery."""
+    brush = gr.Brush(colors=["#ff0000"], color_mode="fixed", default_size=40)
+    canvas = dict(layers=False, brush=brush, canvas_size=(512, 512), transforms=(), sources=("upload",))
+    drawing = gr.ImageEditor(type="pil", label="Paint over what is to be replaced", elem_id="drawing", **canvas)
+    take = gr.Button("Take a generated image", elem_id="take")
+    with gr.Row():
+        num_variations = gr.Slider(1, MAX_IMAGES, 2, step=1, label="Images")
+        num_steps = gr.Slider(1, 25, 10, step=1, label="Steps")
+        strength = gr.Slider(0.1, 1.0, 1.0, step=0.05, label="Strength")
+    change = gr.Button("Inpaint", variant="primary", elem_id="inpaint")
+    edited = gr.Gallery(label="Images", columns=4, interactive=False, elem_id="edited")
+    files = gr.DownloadButton("Download the images")
+    inputs = [controls.name, controls.seed, drawing, num_variations, num_steps, strength]
+    change.click(actions.inpaint, inputs, [edited, files], **BUSY)
+    take.click(take_image, gallery, drawing)
+
+
+def diagnose_tab(actions: Actions, controls: Controls) -> None:
+    """Fill the tab that diagnoses."""
+    name, seed, num_levels, steps_per_level = controls
+    data = gr.Textbox("elpv:train", label="Images it was trained on: a folder, elpv:train")
+    num_particles = gr.Slider(4, 64, 16, step=1, label="Particles")
+    look = gr.Button("Diagnose", variant="primary", elem_id="diagnose")
+    plot = gr.Image(label="Particles against the forward process", interactive=False, elem_id="plot")
+    look.click(actions.diagnose, [name, seed, data, num_particles, num_levels, steps_per_level], plot, **BUSY)

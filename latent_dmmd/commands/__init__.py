@@ -3,15 +3,16 @@
 This module imports no PyTorch, so that `latent-dmmd --help` answers at once.
 """
 
-import os
 import re
 import sys
 from argparse import ArgumentError
-from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
 from jsonargparse import ArgumentParser, Namespace
+
+from latent_dmmd.utils.errors import did_you_mean
+from latent_dmmd.utils.files import expand_home
 
 
 class Command(NamedTuple):
@@ -112,11 +113,9 @@ class CommandParser(ArgumentParser):
             parsed = super().parse_args(args, **options)
         except ArgumentError as error:
             unknown = re.match(r"unrecognized arguments: (--[\w.-]+)", str(error))
-            near = unknown and get_close_matches(unknown[1], self._option_string_actions, n=1)
-            raise ArgumentError(None, f"{error}; did you mean {near[0]}?") if near else error from None
-        for name, value in parsed.items():
-            if isinstance(value, str):
-                parsed[name] = os.path.expanduser(value)
+            near = did_you_mean(unknown[1], self._option_string_actions) if unknown else ""
+            raise ArgumentError(None, f"{error}{near}") if near else error from None
+        expand_home(parsed, *(name for name, value in parsed.items() if isinstance(value, str)))
         return parsed
 
 

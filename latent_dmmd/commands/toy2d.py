@@ -6,7 +6,7 @@ from pathlib import Path
 from jsonargparse.typing import PositiveInt
 
 from latent_dmmd.commands import command_parser
-from latent_dmmd.experiments.toy2d import bandwidth_report, plot_toy, toy_report
+from latent_dmmd.experiments.toy2d_report import bandwidth_report, plot_toy, toy_report
 from latent_dmmd.utils.files import check_files, write_json
 
 

@@ -3,32 +3,37 @@
 Latents of a mirrored image are not mirrored latents, so the cache holds each orientation as its own encoding.
 """
 
-import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from latent_dmmd.data.autoencoder import Autoencoder, autoencoder_hash, check_finite_images, encode_moments, standardise
+from latent_dmmd.data.shards import (
+    SHARD_SIZE,
+    SKIP_HINT,
+    cache_folder,
+    counted_images,
+    none_readable,
+    num_known,
+    progress_bar,
+    readable,
+    shard_path,
+    stored_shard,
+    write_cache,
+)
 from latent_dmmd.data.sources import ImageSource, OnBadImage
 from latent_dmmd.utils.errors import DataError
-from latent_dmmd.utils.files import default_cache_dir, write_aside, write_json
 from latent_dmmd.utils.images import to_pixels
-from latent_dmmd.utils.process import kept_state
 
 CACHE_FORMAT = 2
-SHARD_SIZE = 512  # images in one file
-SKIP_HINT = "pass --data.on_bad_image skip to leave out images that cannot be read"
 
 
 class Particles:
@@ -165,31 +170,10 @@ def cache_pixels(source: ImageSource, horizontal_flip: bool, on_bad_image: OnBad
                 total, square = total + pixels.mean((1, 2)), square + pixels.square().mean((1, 2))
             progress.update(len(items))
     if not images:
-        raise DataError(f"none of the {len(skipped)} images could be read; the first is {skipped[0]}")
+        raise none_readable(skipped)
     mean = total / len(images)
     std = (square / len(images) - mean.square()).clamp(min=1e-12).sqrt()
     return PixelCache(torch.stack(images), horizontal_flip, mean.float(), std.float(), tuple(skipped))
-
-
-def readable(
-    items: list[tuple[str, Tensor | DataError]], on_bad_image: OnBadImage, skipped: list[str]
-) -> dict[str, Tensor]:
-    """Images by name; names of those that cannot be read are added to `skipped`, or the first is raised."""
-    bad = {name: error for name, error in items if isinstance(error, DataError)}
-    if bad and on_bad_image == "error":
-        raise DataError(f"{next(iter(bad.values()))}; {SKIP_HINT}")
-    skipped += bad
-    return {name: image for name, image in items if name not in bad}
-
-
-def num_known(source: ImageSource) -> int | None:
-    """The number of images; None for a stream."""
-    return len(source) if hasattr(source, "__len__") else None
-
-
-def progress_bar(what: str, total: int | None) -> tqdm:
-    with kept_state():
-        return tqdm(total=total, desc=what, unit="image", disable=not PartialState().is_main_process)
 
 
 def cache_latents(
@@ -226,11 +210,8 @@ def cache_latents(
     """
     manifest = cache_manifest(vae, source, horizontal_flip, shard_size)
     folder = cache_folder(manifest, cache_dir)
-    with kept_state(), PartialState().main_process_first():
-        if not check_manifest(folder, manifest):
-            write_json(folder / "manifest.json", manifest)
-        encode = partial(encode_shard, vae, horizontal_flip=horizontal_flip, on_bad_image=on_bad_image)
-        build_shards(folder, encode, source, batch_size, num_workers, shard_size)
+    encode = partial(encode_shard, vae, horizontal_flip=horizontal_flip, on_bad_image=on_bad_image)
+    write_cache(folder, manifest, encode, source, batch_size, num_workers, "encoding")
     cache = read_shards(folder, shard_size)
     if cache.skipped and on_bad_image == "error":
         raise DataError(f"the latent cache in {folder} leaves out {cache.skipped[0]}; {SKIP_HINT}")
@@ -248,79 +229,6 @@ def cache_manifest(vae: Autoencoder, source: ImageSource, horizontal_flip: bool,
         "horizontal_flip": horizontal_flip,
         "shard_size": shard_size,
     }
-
-
-def cache_folder(manifest: dict, cache_dir: str | Path | None) -> Path:
-    """The folder of a cache: the one given, or one named after a hash of the manifest."""
-    key = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
-    return Path(cache_dir) if cache_dir is not None else default_cache_dir() / key
-
-
-def check_manifest(folder: Path, manifest: dict) -> bool:
-    """Whether the folder holds a cache, begun or complete. Raises DataError if it is a cache of something else."""
-    path = folder / "manifest.json"
-    if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise DataError(f"{folder} is not empty and holds no latent cache; pass another --data.cache_dir")
-        return False
-    try:
-        found = json.loads(path.read_text())
-    except ValueError:
-        found = {}
-    changed = [name for name in manifest if found.get(name) != manifest[name]]
-    if changed:
-        raise DataError(
-            f"the latent cache in {folder} was made with another {', '.join(changed)}; "
-            "delete it or pass another --data.cache_dir"
-        )
-    return True
-
-
-def shard_path(folder: Path, start: int) -> Path:
-    return folder / f"moments-{start:08d}.safetensors"
-
-
-def count_path(folder: Path) -> Path:
-    """The file with the number of images, which is there when all shards have been written once."""
-    return folder / "num_pictures.json"
-
-
-def counted_images(folder: Path) -> int | None:
-    """The number of images in a cache; None if it has not been complete yet."""
-    try:
-        return int(count_path(folder).read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def build_shards(
-    folder: Path,
-    encode: Callable[..., tuple[dict[str, Tensor], dict[str, str], int]],
-    source: ImageSource,
-    batch_size: int,
-    num_workers: int,
-    shard_size: int,
-    what: str = "encoding",
-) -> None:
-    """Write every shard that is not there yet; `encode(batches=…, progress=…)` is as `encode_shard`."""
-    counted = counted_images(folder)
-    total = num_known(source) if counted is None else counted
-    starts = itertools.count(0, shard_size) if total is None else range(0, total, shard_size)
-    missing = (start for start in starts if not shard_path(folder, start).exists())
-    first = next(missing, None)
-    if first is not None:
-        with progress_bar(what, total) as progress:
-            for start in itertools.chain([first], missing):
-                progress.update(start - progress.n)
-                batches = source.batches(start, shard_size, batch_size, num_workers)
-                tensors, metadata, count = encode(batches=batches, progress=progress)
-                if count:
-                    write_aside(shard_path(folder, start), partial(save_file, tensors, metadata=metadata))
-                if count < shard_size:  # the end, which a stream shows in no other way
-                    total = start + count
-                    break
-    if counted is None:
-        write_aside(count_path(folder), lambda aside: aside.write_text(f"{total}\n"))
 
 
 def encode_shard(
@@ -361,23 +269,15 @@ def encode_shard(
 
 def read_shards(folder: Path, shard_size: int) -> LatentCache:
     """All shards of a complete cache, memory-mapped."""
-    num_images = counted_images(folder) or 0
     shards, skipped, sums = [], [], 0.0
-    for start in range(0, num_images, shard_size):
-        path = shard_path(folder, start)
-        try:
-            with safe_open(path, "pt") as file:
-                metadata, names = file.metadata(), file.keys()
-                tensors = {name: file.get_tensor(name) for name in names}
-            skipped += json.loads(metadata["skipped"])
+    for start in range(0, counted_images(folder) or 0, shard_size):
+        with stored_shard(shard_path(folder, start), "it encoded") as (tensors, metadata):
+            skipped += metadata["skipped"]
             if tensors:
                 shards.append((tensors["mean"], tensors.get("std")))
-                sums = sums + torch.tensor(json.loads(metadata["sums"]), dtype=torch.float64, device="cpu")
-        except Exception as error:  # safetensors raises its own type for a truncated file
-            raise DataError(f"{path} is damaged; delete it to have it encoded again") from error
+                sums = sums + torch.tensor(metadata["sums"], dtype=torch.float64, device="cpu")
     if not shards:
-        first = f"; the first is {skipped[0]}" if skipped else ""
-        raise DataError(f"none of the {num_images} images could be read{first}")
+        raise none_readable(skipped)
     count, total, square = sums
     mean = total / count
     return LatentCache(

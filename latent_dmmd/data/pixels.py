@@ -7,27 +7,24 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
-from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from latent_dmmd.data.particles import (
+from latent_dmmd.data.shards import (
     SHARD_SIZE,
     SKIP_HINT,
-    build_shards,
     cache_folder,
-    check_manifest,
     counted_images,
+    none_readable,
     readable,
     shard_path,
+    stored_shard,
+    write_cache,
 )
 from latent_dmmd.data.sources import ImageDataset, OnBadImage
 from latent_dmmd.utils.errors import DataError
-from latent_dmmd.utils.files import write_json
 from latent_dmmd.utils.images import to_pixels
-from latent_dmmd.utils.process import kept_state
 
 VALIDATION_SHARE, MAX_VALIDATION = 10, 256
 
@@ -82,11 +79,7 @@ def cache_images(
         "shard_size": shard_size,
     }
     folder = cache_folder(manifest, cache_dir)
-    with kept_state(), PartialState().main_process_first():
-        if not check_manifest(folder, manifest):
-            write_json(folder / "manifest.json", manifest)
-        stack = partial(stack_shard, on_bad_image=on_bad_image)
-        build_shards(folder, stack, source, 16, num_workers, shard_size, "reading")
+    write_cache(folder, manifest, partial(stack_shard, on_bad_image=on_bad_image), source, 16, num_workers, "reading")
     cache = read_images(folder, shard_size)
     if cache.skipped and on_bad_image == "error":
         raise DataError(f"the images in {folder} leave out {cache.skipped[0]}; {SKIP_HINT}")
@@ -107,16 +100,11 @@ def read_images(folder: Path, shard_size: int) -> CachedImages:
     """All shards of a complete cache, memory-mapped. Raises DataError if there are no images, or a file is damaged."""
     shards, skipped = [], []
     for start in range(0, counted_images(folder) or 0, shard_size):
-        path = shard_path(folder, start)
-        try:
-            with safe_open(path, "pt") as file:
-                skipped += json.loads(file.metadata()["skipped"])
-                shards += [file.get_tensor(name) for name in file.keys()]
-        except Exception as error:  # safetensors raises its own type for a truncated file
-            raise DataError(f"{path} is damaged; delete it to have its images read again") from error
+        with stored_shard(shard_path(folder, start), "its images read") as (tensors, metadata):
+            skipped += metadata["skipped"]
+            shards += tensors.values()
     if not shards:
-        first = f"; the first is {skipped[0]}" if skipped else ""
-        raise DataError(f"none of the {len(skipped)} images could be read{first}")
+        raise none_readable(skipped)
     return CachedImages(tuple(shards), tuple(skipped))
 
 

@@ -3,7 +3,6 @@
 import glob
 import os
 import re
-import tempfile
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 
@@ -12,6 +11,7 @@ from huggingface_hub import constants
 
 from latent_dmmd.data.folders import printable
 from latent_dmmd.utils.errors import DataError, one_line
+from latent_dmmd.utils.files import nearest_existing, probe
 
 TABLE_SUFFIXES = (".parquet", ".arrow")
 Table = datasets.Dataset | datasets.IterableDataset
@@ -117,10 +117,9 @@ def naming_tables(name: str, source: dict) -> Iterator[None]:
 
 
 def why_unwritable(folder: str) -> str | None:
-    """Why no file can be written in a folder; None if one can."""
+    """Why no file can be written in a folder, which may be missing; None if one can."""
     try:
-        os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        probe(nearest_existing(folder))
     except OSError as error:
         return error.strerror
     return None

@@ -1,6 +1,5 @@
 """A method: its keys, its network, its objective, its pipeline, and how it is sampled."""
 
-import difflib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -12,8 +11,9 @@ from latent_dmmd.data.autoencoder import Autoencoder
 from latent_dmmd.data.particles import Particles
 from latent_dmmd.nn.unet import UNetConfig
 from latent_dmmd.objective import Objective
-from latent_dmmd.pipeline import LatentPipeline, SamplingDefaults
-from latent_dmmd.utils.errors import ConfigError, check
+from latent_dmmd.pipeline import LatentPipeline
+from latent_dmmd.schedule import SamplingDefaults
+from latent_dmmd.utils.errors import ConfigError, check, did_you_mean
 
 
 @dataclass
@@ -179,8 +179,7 @@ def register(method: type[Method]) -> type[Method]:
 def method_class(name: str) -> type[Method]:
     """The method of that name. Raises ConfigError, with the nearest name, if there is none."""
     if name not in METHODS:
-        near = difflib.get_close_matches(str(name), METHODS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(str(name), METHODS)
         raise ConfigError(f"objective.name must be one of {', '.join(METHODS)}; got {name!r}{hint}")
     return METHODS[name]
 

@@ -8,7 +8,7 @@ from torch import nn
 from latent_dmmd.baselines import DDPM
 from latent_dmmd.methods.base import Method, MethodConfig, register
 from latent_dmmd.methods.flow_matching import FlowMatchingMethod
-from latent_dmmd.pipeline import SamplingDefaults
+from latent_dmmd.schedule import SamplingDefaults
 
 
 @dataclass

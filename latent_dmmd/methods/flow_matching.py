@@ -8,7 +8,8 @@ from torch import nn
 from latent_dmmd.baselines import FlowMatching, VelocityNet
 from latent_dmmd.methods.base import Method, MethodConfig, NetConfig, latent_options, register
 from latent_dmmd.objective import Objective
-from latent_dmmd.pipeline import LatentSchedulerPipeline, SamplingDefaults
+from latent_dmmd.pipeline import LatentSchedulerPipeline
+from latent_dmmd.schedule import SamplingDefaults
 
 
 def velocity_net(net: NetConfig, shape: tuple[int, int, int]) -> VelocityNet:

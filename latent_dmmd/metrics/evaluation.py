@@ -194,17 +194,7 @@ def evaluate(
         generated = ScoredImages(generated)
     if not isinstance(reference, ScoredImages | Reference):
         reference = ScoredImages(reference)
-    if isinstance(reference, Reference):
-        if reconstructions is not None or save_reference is not None:
-            raise ValueError(f"{reference.path} holds features; pass the images to reconstruct or save them")
-        shape = CheckedImages(generated, "generated").shape
-        reference.check(extractor, tuple(shape[1:]))
-    else:
-        shape = CheckedImages(reference, "reference").shape
-        if reconstructions is not None and len(reconstructions) != len(reference):
-            raise ValueError(f"{len(reconstructions)} reconstructions for {len(reference)} reference images; pass all")
-    if save_reference is not None:
-        check_npz(save_reference)
+    shape = common_shape(generated, reference, extractor, reconstructions, save_reference)
     checked = CheckedImages(generated, "generated", shape)
     pool = None if floor_images is None else CheckedImages(floor_images, "floor", shape)
     kid_subset_size = checked_subset_size(kid_subset_size, len(checked), reference.num_images)
@@ -214,8 +204,7 @@ def evaluate(
     if isinstance(reference, ScoredImages):
         images, reference = reference, extract_reference(reference, extractor, extract, reconstructions)
         if save_reference is not None:
-            metadata = replace(reference.metadata, fingerprint=fingerprint(images))
-            replace(reference, metadata=metadata).save(save_reference)
+            save_features(reference, images, save_reference)
     features, logits = extract(checked)
     # an empty split would score NaN
     score = isc_features_to_metric(logits, splits=min(NUM_SCORE_SPLITS, len(checked)), rng_seed=seed)
@@ -233,6 +222,34 @@ def evaluate(
         **origins(generated, reference),
         seconds=round(time.perf_counter() - start, 1),
     )
+
+
+def common_shape(
+    generated: ScoredImages,
+    reference: ScoredImages | Reference,
+    extractor: Extractor,
+    reconstructions: ImageSet | None,
+    save_reference: str | None,
+) -> torch.Size:
+    """The shape (3, H, W) that all images must have. Raises ValueError or OSError for sets that do not go together."""
+    if isinstance(reference, Reference):
+        if reconstructions is not None or save_reference is not None:
+            raise ValueError(f"{reference.path} holds features; pass the images to reconstruct or save them")
+        shape = CheckedImages(generated, "generated").shape
+        reference.check(extractor, tuple(shape[1:]))
+    else:
+        shape = CheckedImages(reference, "reference").shape
+        if reconstructions is not None and len(reconstructions) != len(reference):
+            raise ValueError(f"{len(reconstructions)} reconstructions for {len(reference)} reference images; pass all")
+    if save_reference is not None:
+        check_npz(save_reference)
+    return shape
+
+
+def save_features(reference: Reference, images: ScoredImages, path: str) -> None:
+    """Write features with a fingerprint of their images. Raises OSError if they cannot be written."""
+    metadata = replace(reference.metadata, fingerprint=fingerprint(images))
+    replace(reference, metadata=metadata).save(path)
 
 
 def checked_subset_size(kid_subset_size: int | None, n_generated: int, n_reference: int | None) -> int | None:

@@ -20,7 +20,7 @@ from torch import nn
 
 from latent_dmmd.training.differences import differing_keys
 from latent_dmmd.utils.errors import ConfigError, one_line
-from latent_dmmd.utils.files import put_in_place
+from latent_dmmd.utils.files import nearest_existing, put_in_place
 
 MANIFEST, AVERAGES = "complete.json", "averages.safetensors"
 
@@ -67,9 +67,10 @@ def prepare_run_folder(config: object, may_differ: tuple[str, ...] = ()) -> Path
 
 def nearest_writable(folder: Path, key: str) -> Path:
     """The nearest folder that is there, itself or above it. Raises OSError, with the key, if it cannot be written."""
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    there = nearest_existing(folder)
     if not there.is_dir():
-        raise NotADirectoryError(f"cannot write {folder}: {there} is a file; pass another {key}")
+        what = "a file" if there.exists() else "a broken link"
+        raise NotADirectoryError(f"cannot write {folder}: {there} is {what}; pass another {key}")
     if not os.access(there, os.W_OK | os.X_OK):
         read_only = os.statvfs(there).f_flag & os.ST_RDONLY if hasattr(os, "statvfs") else False
         why = "Read-only file system" if read_only else "no permission"

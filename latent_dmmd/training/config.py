@@ -1,10 +1,9 @@
 """Everything a training run depends on: dataclasses, YAML files and the command line.
 
-Defaults live in these dataclasses, in those of the methods and in `pipeline.SamplingDefaults`, once each; files in
+Defaults live in these dataclasses, in those of the methods and in `schedule.SamplingDefaults`, once each; files in
 `configs/` hold the differences, with their reasons.
 """
 
-import difflib
 import math
 import re
 import sys
@@ -20,9 +19,9 @@ from latent_dmmd.data.autoencoder import BUNDLED_AUTOENCODER
 from latent_dmmd.data.sources import INSTALLED, OnBadImage
 from latent_dmmd.methods.base import METHODS, Method, MethodConfig, NetConfig, build_method, method_class
 from latent_dmmd.methods.witness_matching import WitnessMatchingConfig
-from latent_dmmd.pipeline import SamplingDefaults
+from latent_dmmd.schedule import SamplingDefaults
 from latent_dmmd.training.configurations import with_bundled
-from latent_dmmd.utils.errors import ConfigError, check
+from latent_dmmd.utils.errors import ConfigError, check, did_you_mean
 from latent_dmmd.utils.files import expand_home, write_aside
 from latent_dmmd.utils.process import check_precision
 
@@ -253,8 +252,7 @@ def parser_message(message: str, names: list[str], method: str | None = None) ->
     owners = [n for n, m in METHODS.items() if method and group == "objective" and key in field_names(m.config_class)]
     if owners:
         return f"{name} is a key of {', '.join(owners)}, and not of {method}; leave it out or set objective.name"
-    known = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    return f"no such key: {name}" + (f"; did you mean {known[0]}?" if known else "")
+    return f"no such key: {name}" + did_you_mean(name, names, cutoff=0.4)
 
 
 def field_names(config_class: type) -> list[str]:

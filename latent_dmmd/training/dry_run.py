@@ -12,14 +12,12 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from latent_dmmd.data.particles import (
-    LatentCache,
-    PixelCache,
+from latent_dmmd.data.particles import LatentCache, PixelCache, cache_manifest, encode_shard
+from latent_dmmd.data.shards import (
     cache_folder,
-    cache_manifest,
     check_manifest,
     counted_images,
-    encode_shard,
+    none_readable,
     num_known,
     readable,
     shard_path,
@@ -38,7 +36,6 @@ from latent_dmmd.training.first_look import first_look
 from latent_dmmd.training.setup import Setup, may_differ, set_up
 from latent_dmmd.training.trainer import Trainer
 from latent_dmmd.utils.benchmark import measure, peak_memory_mb
-from latent_dmmd.utils.errors import DataError
 from latent_dmmd.utils.images import to_pixels
 from latent_dmmd.utils.process import precision_and_reason
 
@@ -137,7 +134,7 @@ def first_images(source: ImageSource, data: DataConfig, batch_size: int) -> dict
         images = readable(items, data.on_bad_image, skipped)
         if images:
             return images
-    raise DataError(f"none of the {len(skipped)} images could be read; the first is {skipped[0]}")
+    raise none_readable(skipped)
 
 
 def data_plan(parts: Setup, particles: LatentCache | PixelCache, seconds_per_image: float, config: Config) -> dict:

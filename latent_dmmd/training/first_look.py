@@ -16,7 +16,7 @@ from torch import Tensor
 
 from latent_dmmd.data.autoencoder import Autoencoder, check_finite_images, decode_pixels, encode_moments, psnr
 from latent_dmmd.data.folders import printable
-from latent_dmmd.data.particles import num_known, readable
+from latent_dmmd.data.shards import num_known, readable
 from latent_dmmd.data.sources import ImagesOrErrors, ImageSource, ImageStream, OnBadImage, counted
 from latent_dmmd.methods.base import METHODS, Method
 from latent_dmmd.training.autoencoder_config import AutoencoderTrainingConfig

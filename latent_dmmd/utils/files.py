@@ -14,7 +14,7 @@ PROBE = "probe"  # the name of a file that is written and removed at once
 
 
 def expand_home(config: object, *names: str) -> None:
-    """Replace a leading `~` in the given fields, which a shell leaves alone behind "=" and in YAML."""
+    """Replace a leading `~` in the given attributes, which a shell leaves alone behind "=" and in YAML."""
     for name in names:
         value = getattr(config, name)
         if value is not None:
@@ -66,6 +66,22 @@ def put_in_place(aside: Path, path: Path) -> None:
         os.replace(aside, path)
 
 
+def nearest_existing(path: str | Path) -> Path:
+    """What is there of a path: itself, or the nearest above it. A broken link is there, and is no folder."""
+    path = Path(path)
+    return next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+
+
+def probe(folder: Path, name: str = PROBE) -> None:
+    """Write and remove a file in a folder. Raises OSError, as the system does, if that cannot be done.
+
+    A superuser may write anywhere, but not on every file system: permissions alone do not tell.
+    """
+    file = aside_of(folder / name)
+    file.touch()
+    file.unlink(missing_ok=True)
+
+
 def check_writable(path: str | Path) -> None:
     """Raise OSError unless a file can be written there, in folders that are made: asked before the work."""
     path = Path(path)
@@ -85,13 +101,11 @@ def check_files(folder: str | Path, *names: str) -> None:
 def check_folder(folder: str | Path, name: str = PROBE) -> None:
     """Raise OSError unless a file of that name can be written into a folder, which may be missing; none is left."""
     folder = Path(folder)
-    nearest = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    nearest = nearest_existing(folder)
     if not nearest.is_dir():
         raise OSError(f"cannot write into {folder}: {nearest} is no folder")
-    try:  # a superuser may write anywhere, but not on every file system
-        probe = aside_of(nearest / name)
-        probe.touch()
-        probe.unlink(missing_ok=True)
+    try:
+        probe(nearest, name)
     except OSError as error:
         raise OSError(f"cannot write into {folder}: {one_line(error)}") from error
 

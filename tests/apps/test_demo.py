@@ -1,27 +1,31 @@
-"""The page in a real browser: one generation, one inpainting, and what goes wrong."""
+"""The page: its buttons one by one, and in a real browser one generation, one inpainting, and what goes wrong."""
 
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
+import zipfile
 
 import pytest
 from conftest import frozen, tiny_pipeline
+from PIL import Image
 from processes import ROOT
 
+from latent_dmmd.commands.demo import main
+
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-if BROWSER is None:
-    pytest.skip("no Chromium on this machine", allow_module_level=True)
-pytest.importorskip("gradio")
-playwright = pytest.importorskip("playwright.sync_api")
+gradio = pytest.importorskip("gradio")
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     """The page of a tiny pipeline, served by the script."""
+    if BROWSER is None:
+        pytest.skip("no Chromium on this machine")
     folder = tmp_path_factory.mktemp("demo")
     tiny_pipeline(frozen("AutoencoderKL")).save_pretrained(folder / "tiny")
     with socket.socket() as free:
@@ -49,6 +53,7 @@ def address(tmp_path_factory):
 @pytest.fixture
 def page(address):
     """The page in a browser that notes every request to elsewhere."""
+    playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as p:
         browser = p.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
@@ -67,6 +72,50 @@ def page(address):
 
 def local(url, address):
     return url.startswith((address, "data:", "blob:"))
+
+
+@pytest.fixture
+def actions(tmp_path):
+    """What the buttons of the page of a tiny pipeline do."""
+    from latent_dmmd.apps.demo import Actions
+
+    tiny_pipeline(frozen("AutoencoderKL")).save_pretrained(tmp_path / "tiny")
+    return Actions({"tiny": str(tmp_path / "tiny")})
+
+
+def test_buttons_generate_take_and_inpaint(actions, tmp_path, monkeypatch):
+    from latent_dmmd.apps import demo
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    steps = []
+    *shown, (grid, images, file) = actions.generate(
+        "tiny", 0, 2, "approximate", demo.ANY, 1.0, 4, 2, lambda done, desc: steps.append(done)
+    )
+    assert steps == [(i, 8) for i in range(1, 9)] and len(shown) == 7 and all(s[1:] == (None, None) for s in shown)
+    assert len(images) == 2 and zipfile.ZipFile(file).namelist() == ["00000.png", "00001.png"]
+    assert grid.width == 2 * images[0].width
+
+    taken = demo.take_image([(images[0], None)])
+    painted = Image.new("RGBA", taken.size)
+    painted.paste("red", (0, 0, taken.width // 2, taken.height))
+    drawing = {"background": taken, "layers": [painted]}
+    edited, _ = actions.inpaint("tiny", 0, drawing, 3, 2, 1.0, lambda *a, **k: None)
+    assert len(edited) == 3 and edited[0].size == taken.size
+
+
+def test_buttons_without_what_they_need_say_so(actions):
+    from latent_dmmd.apps import demo
+
+    image = Image.new("RGB", (16, 16))
+    for action, message in {
+        lambda: demo.take_image([]): "generate images first",
+        lambda: actions.inpaint("tiny", 0, None, 1, 2, 1.0): "load an image first",
+        lambda: actions.inpaint("tiny", 0, {"background": image, "layers": []}, 1, 2, 1.0): "first paint over",
+        lambda: list(actions.generate("tiny", -1, 1, "exact", demo.ANY, 1.0, 4, 1)): "the seed must be a whole number",
+        lambda: actions.diagnose("tiny", 0, "/nowhere", 4, 4, 1): "no folder or file /nowhere",
+    }.items():
+        with pytest.raises(gradio.Error, match=message):
+            action()
 
 
 def test_generate_then_inpaint(page):
@@ -92,9 +141,8 @@ def test_generate_then_inpaint(page):
 
 
 def test_a_folder_without_a_pipeline_is_named(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "demo.py"), "--pipelines", f"{{none: {tmp_path}}}"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith(f"demo.py: no pipeline in {tmp_path}")
+    with pytest.raises(ValueError, match=f"no pipeline in {tmp_path}"):
+        main(["--pipelines", f"{{none: {tmp_path}}}"])
 
 
 def test_bad_input_is_a_message(page):
@@ -104,4 +152,4 @@ def test_bad_input_is_a_message(page):
     page.get_by_role("tab", name="Diagnose").click()
     page.get_by_label("Images it was trained on").fill("/nowhere")
     page.locator("#diagnose").click()
-    page.get_by_text("no folder /nowhere").wait_for()
+    page.get_by_text("no folder or file /nowhere").wait_for()

@@ -14,10 +14,11 @@ from processes import run
 from safetensors.torch import load_file
 
 from latent_dmmd.data import particles as caching
-from latent_dmmd.data import sources
+from latent_dmmd.data import shards, sources
 from latent_dmmd.data.autoencoder import encode_moments, standardise
 from latent_dmmd.data.sources import load_images
 from latent_dmmd.utils.errors import DataError
+from latent_dmmd.utils.files import default_cache_dir
 from latent_dmmd.utils.images import to_pixels
 
 cache_latents = partial(caching.cache_latents, horizontal_flip=True, batch_size=16)
@@ -87,7 +88,7 @@ def test_default_folder_is_named_by_what_it_holds(tiny_vae, tiny_images, tmp_pat
         cache_latents(tiny_vae, load_images(str(tiny_images), resolution))
     assert len(list((tmp_path / "xdg" / "latent_dmmd").iterdir())) == 2
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert caching.default_cache_dir() == Path.home() / ".cache" / "latent_dmmd"
+    assert default_cache_dir() == Path.home() / ".cache" / "latent_dmmd"
 
 
 @pytest.mark.parametrize("changed", ["autoencoder", "data", "num_pictures", "resolution", "horizontal_flip"])
@@ -169,7 +170,7 @@ def test_no_partial_file_is_left_or_read(tiny_vae, source, tmp_path, monkeypatch
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(caching, "save_file", disk_full)
+        patch.setattr(shards, "save_file", disk_full)
         with pytest.raises(OSError, match="no space"):
             cache_latents(tiny_vae, source, tmp_path / "cache")
     assert [p.name for p in (tmp_path / "cache").iterdir()] == ["manifest.json"]

@@ -210,11 +210,13 @@ def test_a_name_that_the_hub_does_not_know(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("name", ["hub", "hub/data/train-*.parquet", "nobody/nothing"])
-def test_a_cache_that_cannot_be_written_is_named(tables, monkeypatch, name, streaming):
+@pytest.mark.parametrize("kind, why", [("file", "Not a directory"), ("dangling", "No such file or directory")])
+def test_a_cache_that_cannot_be_written_is_named(tables, monkeypatch, name, streaming, kind, why):
     Path("file").write_text("no folder")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("file/hf"))
+    Path("dangling").symlink_to("nowhere")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(kind, "hf"))
     text = refusal(load_images, name, 32, streaming=streaming)
-    assert "cannot write the cache folder file/hf: Not a directory; set HF_HOME or HF_DATASETS_CACHE" in text
+    assert f"cannot write the cache folder {kind}/hf: {why}; set HF_HOME or HF_DATASETS_CACHE" in text
 
 
 # labels

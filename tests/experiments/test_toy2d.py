@@ -1,11 +1,7 @@
-import json
 import math
-import runpy
-import sys
 
 import pytest
 import torch
-from processes import ROOT
 
 from latent_dmmd.discrepancy import mmd2
 from latent_dmmd.experiments.toy2d import (
@@ -19,12 +15,9 @@ from latent_dmmd.experiments.toy2d import (
     measured_bandwidth,
     optimal_bandwidth,
     toy_embeddings,
-    toy_report,
     train_toy,
 )
 from latent_dmmd.kernels import GaussianKernel
-
-SCRIPT = ROOT / "scripts" / "toy2d.py"
 
 
 @pytest.mark.parametrize("gap, sigma, dim", [(5.0, 0.5, 2), (3.0, 0.2, 1), (6.0, 1.0, 4)])
@@ -103,23 +96,3 @@ def test_learned_features_bring_particles_near(name):
     start = energy_distance(torch.randn(64, 2, generator=torch.Generator().manual_seed(0)), y)
     for sampler in ("exact", "approximate"):
         assert energy_distance(learned_flow(net, stored, sampler, 25, 64, 0), y) < 0.3 * start
-
-
-def test_refuses_steps_that_do_not_fit():
-    with pytest.raises(ValueError, match="multiple of 25"):
-        toy_report(num_steps=30)
-
-
-def test_script(tmp_path, monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["toy2d.py", "--output_dir", str(tmp_path / "out"), *arguments])
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-
-    with pytest.raises(SystemExit):
-        run("--num_steps", "30")
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and "multiple of 25" in lines[0] and not (tmp_path / "out").exists()
-    run("--num_steps", "25", "--num_particles", "16", "--training_steps", "3", "--num_seeds", "1")
-    report = json.loads((tmp_path / "out" / "toy2d.json").read_text())
-    assert set(report["targets"]) == set(TARGETS) and len(report["bandwidth"]["gap"]) == 12
-    assert (tmp_path / "out" / "toy2d.png").stat().st_size > 10_000

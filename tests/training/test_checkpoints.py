@@ -130,6 +130,14 @@ def test_an_output_that_is_a_file_or_below_one(arguments, tmp_path, where):
     assert (tmp_path / "file").read_text() == "kept"
 
 
+@pytest.mark.parametrize("below", ["", "run"])
+def test_an_output_that_is_a_broken_link_or_below_one(arguments, tmp_path, below):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(OSError) as caught:
+        train(parse_config(Config, [*arguments, "--output_dir", str(tmp_path / "link" / below)]))
+    assert str(caught.value).endswith(f"{tmp_path / 'link'} is a broken link; pass another output_dir")
+
+
 def test_an_output_without_permission(arguments, tmp_path, monkeypatch):
     config = parse_config(Config, arguments)
     monkeypatch.setattr(os, "access", lambda path, mode: False)

@@ -1,10 +1,12 @@
 """What is to be written is checked before the work."""
 
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from latent_dmmd.utils.files import check_folder, check_writable
+from latent_dmmd.utils.files import check_folder, check_writable, expand_home, nearest_existing, probe
 
 
 def refused(function, *args, **options):
@@ -42,3 +44,32 @@ def test_a_read_only_file_system_is_refused_also_to_a_superuser(tmp_path):
         pytest.skip("has no /proc")
     assert "cannot write into /proc" in refused(check_writable, "/proc/scores.json")
     assert "cannot write into /proc/a/b" in refused(check_folder, "/proc/a/b")
+
+
+def test_the_nearest_that_is_there_may_be_a_file_or_a_link_that_leads_nowhere(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for path, nearest in {
+        "a/b": ".",
+        ".": ".",
+        "file/a": "file",
+        "dangling": "dangling",
+        "dangling/a": "dangling",
+    }.items():
+        assert nearest_existing(tmp_path / path) == tmp_path / nearest
+    monkeypatch.chdir(tmp_path)
+    assert nearest_existing("file") == Path("file") and nearest_existing("a/b") == tmp_path
+
+
+def test_a_probe_leaves_nothing(tmp_path):
+    probe(tmp_path)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FileNotFoundError):
+        probe(tmp_path / "nowhere")
+
+
+def test_a_tilde_is_expanded_in_the_named_attributes_only(monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    config = SimpleNamespace(output_dir="~/x", data="a~b", name="~", absent=None)
+    expand_home(config, "output_dir", "data", "absent")
+    assert vars(config) == {"output_dir": "/somewhere/x", "data": "a~b", "name": "~", "absent": None}
