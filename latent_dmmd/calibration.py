@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 
 from latent_dmmd.discrepancy import MMD, Discrepancy, Witness
 from latent_dmmd.embeddings import MeanEmbeddings
-from latent_dmmd.flow import ApproximateFlow, flow_schedule
+from latent_dmmd.flow import ApproximateFlow
+from latent_dmmd.schedule import flow_schedule
 
 Pairs = Iterable[tuple[Tensor, Tensor]]
 

@@ -37,8 +37,6 @@ particles are. With restoring witnesses the norm falls as (d(s) / d(t))², and s
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -46,69 +44,9 @@ from torch import Tensor, nn
 
 from latent_dmmd.discrepancy import Witness
 from latent_dmmd.embeddings import LevelEmbeddings, MeanEmbeddings
+from latent_dmmd.forward import LinearInterpolant
 from latent_dmmd.objective import across_ranks as gather
-
-Sampler = Literal["exact", "approximate", "hybrid"]
-
-
-@dataclass(frozen=True)
-class FlowStep:
-    """One step, from noise level `start` to `end`, by the witness of the stored level with index `level`."""
-
-    level: int
-    start: float
-    end: float
-
-
-def flow_schedule(
-    embeddings: MeanEmbeddings, num_noise_levels: int, steps_per_level: int, start: float = 1.0
-) -> list[FlowStep]:
-    """All steps of a flow, from high noise to low.
-
-    Args:
-        embeddings: The stored mean embeddings.
-        num_noise_levels: K, at most the number of stored levels up to `start`, which are thinned evenly.
-        steps_per_level: N_s.
-        start: Noise level of the initial particles, in (0, 1]; the flow begins at the highest stored level up to it.
-
-    Raises:
-        ValueError: If an argument is out of range; the message names it.
-    """
-    available = num_levels_up_to(start, embeddings)
-    if not 1 <= num_noise_levels <= available:
-        up_to = "" if available == len(embeddings.levels) else f" up to {start:g}"
-        raise ValueError(
-            f"num_noise_levels must be in [1, {available}], the stored levels{up_to}; got {num_noise_levels}"
-        )
-    if steps_per_level < 1:
-        raise ValueError(f"steps_per_level must be at least 1; got {steps_per_level}")
-    levels = [-(-k * available // num_noise_levels) - 1 for k in range(num_noise_levels, 0, -1)]
-    times = embeddings.levels.double().tolist()
-    steps = []
-    for level, following in zip(levels, levels[1:] + [None]):
-        t, end = times[level], 0.0 if following is None else times[following]
-        at = [t + (end - t) * i / steps_per_level for i in range(steps_per_level + 1)]
-        steps += [FlowStep(level, here, there) for here, there in zip(at, at[1:])]
-    return steps
-
-
-def num_levels_up_to(start: float, embeddings: MeanEmbeddings) -> int:
-    """How many stored levels are not above `start`. Raises ValueError if none is."""
-    count = int((embeddings.levels <= start + 1e-6).sum())
-    if not count or start > 1:
-        raise ValueError(f"start must be in [{embeddings.levels.min().item():g}, 1]; got {start}")
-    return count
-
-
-def steps_for_nfe(nfe: int, num_stored_levels: int) -> tuple[int, int]:
-    """K noise levels, as many as are stored and divide the NFE, and N_s steps at each, K · N_s = NFE.
-
-    Raises ValueError if the NFE is not positive.
-    """
-    if nfe < 1:
-        raise ValueError(f"num_inference_steps must be at least 1; got {nfe}")
-    levels = max(k for k in range(1, num_stored_levels + 1) if nfe % k == 0)
-    return levels, nfe // levels
+from latent_dmmd.schedule import FlowStep, Multistep, Sampler, SolverOrder
 
 
 def rank_and_size(across_ranks: bool) -> tuple[int, int]:
@@ -131,9 +69,10 @@ class Flow:
         chunk_size: Particles that pass through φ at once; all if None.
         across_ranks: Whether every process holds an equal share of the particles, in the order of ranks; exact
             witnesses are then those of all particles.
+        solver_order: Order of the steps, 1 or 2; 2 needs calibrated steps and the linear forward process.
 
     Raises:
-        ValueError: If `step_size` is not positive, or there is no such class.
+        ValueError: If `step_size` is not positive, there is no such class, or the order cannot be had.
     """
 
     def __init__(
@@ -144,12 +83,16 @@ class Flow:
         step_size: float | None = None,
         chunk_size: int | None = None,
         across_ranks: bool = False,
+        solver_order: SolverOrder = 1,
     ) -> None:
         if step_size is not None and step_size <= 0:
             raise ValueError(f"step_size must be positive; got {step_size}")
+        if solver_order == 2 and (step_size is not None or not isinstance(embeddings.process, LinearInterpolant)):
+            raise ValueError("solver_order=2 needs calibrated steps of the linear forward process; pass solver_order=1")
         embeddings.row(label)
         self.net, self.embeddings, self.label = net, embeddings, label
         self.step_size, self.chunk_size, self.across_ranks = step_size, chunk_size, across_ranks
+        self.multistep = Multistep(solver_order)
         self._level: tuple[int, LevelEmbeddings] | None = None
 
     def run(
@@ -173,9 +116,12 @@ class Flow:
         return z
 
     def step(self, z: Tensor, step: FlowStep) -> Tensor:
-        """Particles (N, C, H, W) after one step, z ↦ a z − η ∇f_t(z)."""
+        """Particles (N, C, H, W) after one step, z ↦ a z − η ∇f_t(z), or one of second order after another."""
         scale, step_size = self.coefficients(step)
-        return scale * z - step_size * self.gradient(z, step.level)
+        move, length = step_size * self.gradient(z, step.level), step.start - step.end
+        if self.multistep.order == 2:
+            move = length * self.multistep(move / length, step.start, step.end)
+        return scale * z - move
 
     def coefficients(self, step: FlowStep) -> tuple[float, float]:
         """(a, η) of a step: the calibrated ones, or (1, the constant η)."""
@@ -284,8 +230,8 @@ class HybridFlow(Flow):
         """The flow in use at the stored level with index k."""
         return self.exact if self.embeddings.levels[k].item() <= self.exact_below else self.approximate
 
-    def step(self, z: Tensor, step: FlowStep) -> Tensor:
-        return self.at(step.level).step(z, step)
+    def coefficients(self, step: FlowStep) -> tuple[float, float]:
+        return self.at(step.level).coefficients(step)
 
     def gradient(self, z: Tensor, k: int) -> Tensor:
         return self.at(k).gradient(z, k)

@@ -6,7 +6,7 @@ is compared with. Both are called alike: `pipe(batch_size, num_inference_steps=�
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +18,7 @@ from latent_dmmd.baselines import VelocityNet
 from latent_dmmd.data.autoencoder import Autoencoder
 from latent_dmmd.embeddings import MeanEmbeddings
 from latent_dmmd.features import BilinearFeatures, EncoderFeatureNet, FeatureNet
-from latent_dmmd.flow import (
-    Flow,
-    FlowStep,
-    GuidedFlow,
-    Sampler,
-    flow_schedule,
-    get_flow,
-    num_levels_up_to,
-    rank_and_size,
-    run_in_step,
-    steps_for_nfe,
-)
+from latent_dmmd.flow import Flow, GuidedFlow, get_flow, rank_and_size, run_in_step
 from latent_dmmd.forward import LinearInterpolant
 from latent_dmmd.latent_pipeline import (
     Generators,
@@ -41,26 +30,19 @@ from latent_dmmd.latent_pipeline import (
     read_index,
     take_outside_inference,
 )
+from latent_dmmd.schedule import (
+    FlowStep,
+    Multistep,
+    Sampler,
+    SamplingDefaults,
+    SolverOrder,
+    flow_schedule,
+    num_levels_up_to,
+    steps_for_nfe,
+)
 from latent_dmmd.utils.process import default_device
 
 DEFAULT_NUM_INFERENCE_STEPS = 50  # of a scheduler
-
-
-@dataclass
-class SamplingDefaults:
-    """How a DMMD pipeline generates where a call does not say; a saved pipeline carries its own.
-
-    Args:
-        sampler: "approximate" (stored mean embeddings, independent particles), which suits any number of images;
-            "exact" (mean embeddings of the particles, which interact), for large batches; or "hybrid" (exact for the
-            last levels).
-        num_noise_levels: Noise levels K of the flow.
-        steps_per_level: Gradient steps N_s at each.
-    """
-
-    sampler: Sampler = "approximate"
-    num_noise_levels: int = 25
-    steps_per_level: int = 2
 
 
 class LatentDMMDPipeline(LatentPipeline):
@@ -105,8 +87,8 @@ class LatentDMMDPipeline(LatentPipeline):
 
     @property
     def sampling_defaults(self) -> SamplingDefaults:
-        """How this pipeline generates where a call does not say."""
-        return SamplingDefaults(**(self.config.sampling or {}))
+        """How this pipeline generates where a call does not say; of first order where it was saved without one."""
+        return SamplingDefaults(**{"solver_order": 1, **(self.config.sampling or {})})
 
     def levels_and_steps(self, num_inference_steps: int, start: float = 1.0) -> tuple[int, int]:
         """K and N_s of an NFE, from `start` on. Raises ValueError if one of them is out of range."""
@@ -123,14 +105,16 @@ class LatentDMMDPipeline(LatentPipeline):
             raise ValueError(f"no class {unknown[0]!r}; the pipeline has {', '.join(names) or 'no classes'}")
         return [names.index(label) if isinstance(label, str) else label for label in given]
 
-    def flow_of(self, label: int | None, sampler: Sampler, guidance_scale: float = 1.0) -> Flow:
+    def flow_of(
+        self, label: int | None, sampler: Sampler, guidance_scale: float = 1.0, solver_order: SolverOrder = 1
+    ) -> Flow:
         """The flow of one class, or of any if None.
 
         Raises:
-            ValueError: If there is no such sampler or class, or the class cannot be guided.
+            ValueError: If there is no such sampler or class, or the class cannot be guided, or the order not be had.
         """
         parts = (self.feature_net, self.mean_embeddings, label)
-        options = vars(self.flow_options)
+        options = vars(self.flow_options) | {"solver_order": solver_order}
         if guidance_scale == 1:
             return get_flow(sampler, *parts, **options)
         if label is None:
@@ -158,8 +142,12 @@ class LatentDMMDPipeline(LatentPipeline):
         sampler: Sampler = "approximate",
         class_labels: int | str | list[int | str] | None = None,
         guidance_scale: float = 1.0,
+        solver_order: SolverOrder = 1,
     ) -> Tensor:
-        """As of `LatentPipeline`, by default without interaction of particles; other arguments as of the call."""
+        """As of `LatentPipeline`, by default without interaction of particles; other arguments as of the call.
+
+        Steps are of first order by default: a callback may move particles off the path of the step before.
+        """
         # offloading moves components with their forward, which these lack; by groups, it refuses their own `to`
         nn.Module.to(self.mean_embeddings, z.device)
         for component in (self.feature_net, self.mean_embeddings):
@@ -178,7 +166,8 @@ class LatentDMMDPipeline(LatentPipeline):
         labels = self.labels_of(class_labels, len(z) * num_ranks)
         if len(set(labels)) > 1 and self.flow_options.across_ranks:
             raise ValueError("across_ranks needs the same class for all images")
-        flows = {label: self.flow_of(label, sampler, guidance_scale) for label in dict.fromkeys(labels)}
+        own_flow = partial(self.flow_of, sampler=sampler, guidance_scale=guidance_scale, solver_order=solver_order)
+        flows = {label: own_flow(label) for label in dict.fromkeys(labels)}
 
         levels = self.mean_embeddings.levels.tolist()
         with self.progress_bar(total=len(steps)) as progress:
@@ -204,6 +193,7 @@ class LatentDMMDPipeline(LatentPipeline):
         output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["LatentDMMDPipeline", int, float, dict], dict] | None = None,
+        solver_order: SolverOrder | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate images; num_noise_levels × steps_per_level evaluations of φ and its gradient each.
 
@@ -225,6 +215,7 @@ class LatentDMMDPipeline(LatentPipeline):
                 standardised particles.
             return_dict: Whether to return an `ImagePipelineOutput` rather than a tuple.
             callback_on_step_end: Called as f(pipeline, step, t, {"latents": z}); may return {"latents": z'}.
+            solver_order: Order of the steps, 1 or 2; 2 needs calibrated steps and the linear forward process.
 
         Returns:
             The images as `.images`.
@@ -244,8 +235,14 @@ class LatentDMMDPipeline(LatentPipeline):
             sampler=sampler or self.sampling_defaults.sampler,
             class_labels=class_labels,
             guidance_scale=guidance_scale,
+            solver_order=self.own_order() if solver_order is None else solver_order,
         )
         return self.output(z, output_type, return_dict)
+
+    def own_order(self) -> SolverOrder:
+        """The pipeline's own order of steps, where it can be had."""
+        linear = isinstance(self.mean_embeddings.process, LinearInterpolant)
+        return self.sampling_defaults.solver_order if linear and self.flow_options.step_size is None else 1
 
 
 class LatentSchedulerPipeline(LatentPipeline):
@@ -258,6 +255,7 @@ class LatentSchedulerPipeline(LatentPipeline):
         latents_mean: Mean of raw latents per channel, of length C.
         latents_std: Standard deviation of raw latents per channel, of length C.
         num_inference_steps: The NFE where a call does not say; 50 if nobody does.
+        solver_order: Order of the steps of flow matching where a call does not say; 1 if nobody does.
 
     What is None is what the network remembers of the pipeline it comes from.
     """
@@ -272,10 +270,12 @@ class LatentSchedulerPipeline(LatentPipeline):
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
         num_inference_steps: int | None = None,
+        solver_order: SolverOrder | None = None,
     ) -> None:
         super().__init__()
-        options = dict(latents_mean=latents_mean, latents_std=latents_std, num_inference_steps=num_inference_steps)
-        self.register(dict(network=network, scheduler=scheduler), vae, **options)
+        statistics = dict(latents_mean=latents_mean, latents_std=latents_std)
+        options = dict(num_inference_steps=num_inference_steps, solver_order=solver_order)
+        self.register(dict(network=network, scheduler=scheduler), vae, **statistics, **options)
 
     @property
     def net(self) -> VelocityNet:
@@ -295,8 +295,16 @@ class LatentSchedulerPipeline(LatentPipeline):
         return np.linspace(start, 0, num_inference_steps + 1).tolist()
 
     @torch.no_grad()
-    def move(self, z: Tensor, num_inference_steps: int, start: float = 1.0, callback: Callable | None = None) -> Tensor:
-        """As of `LatentPipeline`; only flow matching can begin below 1."""
+    def move(
+        self,
+        z: Tensor,
+        num_inference_steps: int,
+        start: float = 1.0,
+        callback: Callable | None = None,
+        solver_order: SolverOrder = 1,
+    ) -> Tensor:
+        """As of `LatentPipeline`; only flow matching can begin below 1, or have steps of second order."""
+        multistep = Multistep(solver_order)
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1; got {num_inference_steps}")
         if self.matches_flow:
@@ -307,11 +315,15 @@ class LatentSchedulerPipeline(LatentPipeline):
             raise ValueError(f"start={start} needs flow matching; this pipeline begins at 1")
         else:
             self.scheduler.set_timesteps(num_inference_steps, device=z.device)
+        if solver_order == 2 and not self.matches_flow:
+            raise ValueError("solver_order=2 needs flow matching; this pipeline has a scheduler of another process")
         num_times = self.scheduler.config.num_train_timesteps
         for i, time in enumerate(self.progress_bar(self.scheduler.timesteps)):
             t = (time / num_times).to(z)
             chunks = z.split(self.flow_options.chunk_size or len(z))
             prediction = torch.cat([self.network(chunk, t) for chunk in chunks]).to(z)
+            if solver_order == 2:
+                prediction = multistep(prediction, *self.scheduler.sigmas[i : i + 2].tolist())
             z = self.scheduler.step(prediction, time, z).prev_sample
             z = self.after_step(callback, i, t.item(), z)
         return z
@@ -326,6 +338,7 @@ class LatentSchedulerPipeline(LatentPipeline):
         output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["LatentSchedulerPipeline", int, float, dict], dict] | None = None,
+        solver_order: SolverOrder | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Generate images; one evaluation of the network per step.
 
@@ -333,6 +346,7 @@ class LatentSchedulerPipeline(LatentPipeline):
             batch_size: Number of images.
             num_inference_steps: Steps of the scheduler, the NFE; the pipeline's own if None.
             generator, latents, output_type, return_dict, callback_on_step_end: As of `LatentDMMDPipeline`.
+            solver_order: Order of the steps of flow matching, 1 or 2; the pipeline's own if None.
 
         Returns:
             The images as `.images`.
@@ -345,7 +359,8 @@ class LatentSchedulerPipeline(LatentPipeline):
         if num_inference_steps is None:
             num_inference_steps = self.config.num_inference_steps or DEFAULT_NUM_INFERENCE_STEPS
         z = self.initial_particles(batch_size, generator, latents)
-        z = self.move(z, num_inference_steps, callback=callback_on_step_end)
+        order = self.config.solver_order or 1 if solver_order is None else solver_order
+        z = self.move(z, num_inference_steps, callback=callback_on_step_end, solver_order=order)
         return self.output(z, output_type, return_dict)
 
 

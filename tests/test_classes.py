@@ -13,10 +13,11 @@ from latent_dmmd import LatentDMMDPipeline
 from latent_dmmd.calibration import calibrate_on_particles, measure_all
 from latent_dmmd.data.particles import LatentCache
 from latent_dmmd.data.sources import load_images
-from latent_dmmd.flow import ApproximateFlow, ExactFlow, FlowStep, GuidedFlow
+from latent_dmmd.flow import ApproximateFlow, ExactFlow, GuidedFlow
 from latent_dmmd.forward import LinearInterpolant
 from latent_dmmd.latent_pipeline import FlowOptions
 from latent_dmmd.objective import DMMD, Batch, WitnessMatching
+from latent_dmmd.schedule import FlowStep
 from latent_dmmd.training.config import Config, parse_config
 from latent_dmmd.training.loop import train
 from latent_dmmd.training.trainer import step_generators

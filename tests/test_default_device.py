@@ -35,7 +35,7 @@ from latent_dmmd.experiments.compare import CompareConfig, Comparison
 from latent_dmmd.experiments.diagnosis import Diagnosis, save_diagnosis
 from latent_dmmd.experiments.noise_injection import InjectedApproximateFlow, InjectedExactFlow
 from latent_dmmd.experiments.report import write_report
-from latent_dmmd.flow import ExactFlow, flow_schedule
+from latent_dmmd.flow import ExactFlow
 from latent_dmmd.forward import FORWARD_PROCESSES, LinearInterpolant, get_forward_process, noise_levels
 from latent_dmmd.kernels import get_kernel
 from latent_dmmd.latent_pipeline import FlowOptions
@@ -45,6 +45,7 @@ from latent_dmmd.metrics.evaluation import evaluate
 from latent_dmmd.metrics.scores import memorised_share
 from latent_dmmd.objective import DMMD, WitnessMatching
 from latent_dmmd.pipeline import LatentDMMDPipeline, load_pipeline
+from latent_dmmd.schedule import flow_schedule
 from latent_dmmd.training import autoencoder
 from latent_dmmd.training.autoencoder_config import AutoencoderTrainingConfig, CropDataConfig
 from latent_dmmd.training.config import Config, parse_config

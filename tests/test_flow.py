@@ -7,17 +7,8 @@ from torch import nn
 from latent_dmmd.calibration import calibrate_on_particles, measure_embeddings, measure_gradients
 from latent_dmmd.discrepancy import MMD, get_discrepancy, mmd2
 from latent_dmmd.embeddings import MeanEmbeddings
-from latent_dmmd.flow import (
-    ApproximateFlow,
-    ExactFlow,
-    Flow,
-    FlowStep,
-    HybridFlow,
-    flow_schedule,
-    get_flow,
-    run_in_step,
-    steps_for_nfe,
-)
+from latent_dmmd.flow import ApproximateFlow, ExactFlow, Flow, HybridFlow, get_flow, run_in_step
+from latent_dmmd.schedule import FlowStep, flow_schedule, steps_for_nfe
 
 
 class Identity(nn.Module):

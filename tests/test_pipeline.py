@@ -8,9 +8,10 @@ from conftest import random_embeddings, tiny_features, tiny_pipeline
 from safetensors.torch import load_file, save_file
 
 from latent_dmmd import LatentDMMDInpaintPipeline, LatentDMMDPipeline, MeanEmbeddings
-from latent_dmmd.flow import ApproximateFlow, ExactFlow, HybridFlow, flow_schedule
+from latent_dmmd.flow import ApproximateFlow, ExactFlow, HybridFlow
 from latent_dmmd.latent_pipeline import FlowOptions, bundled_pipelines
 from latent_dmmd.pipeline import LatentSchedulerPipeline, load_pipeline
+from latent_dmmd.schedule import flow_schedule
 
 
 @pytest.fixture

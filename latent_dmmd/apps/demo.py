@@ -21,8 +21,8 @@ from latent_dmmd.apps.film import decoded
 from latent_dmmd.data.sources import load_images
 from latent_dmmd.editing import editor_of
 from latent_dmmd.experiments.diagnosis import Diagnosis, save_diagnosis
-from latent_dmmd.flow import Sampler
-from latent_dmmd.pipeline import LatentDMMDPipeline, LatentPipeline, SamplingDefaults, load_pipeline, read_index
+from latent_dmmd.pipeline import LatentDMMDPipeline, LatentPipeline, load_pipeline, read_index
+from latent_dmmd.schedule import Sampler, SamplingDefaults
 from latent_dmmd.utils.images import labelled_grid, to_pil
 
 THEME = gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])

@@ -13,7 +13,8 @@ from latent_dmmd.data.folders import find_images
 from latent_dmmd.data.shards import counted_images, shard_path
 from latent_dmmd.latent_pipeline import bundled_pipelines, pipeline_folder
 from latent_dmmd.methods.base import METHODS
-from latent_dmmd.pipeline import PIPELINES, SamplingDefaults, read_index
+from latent_dmmd.pipeline import PIPELINES, read_index
+from latent_dmmd.schedule import SamplingDefaults
 from latent_dmmd.training.checkpoints import AVERAGES, MANIFEST, checkpoints_in, is_complete, step_of, steps_done
 from latent_dmmd.utils.errors import ConfigError
 

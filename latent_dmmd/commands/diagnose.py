@@ -7,8 +7,8 @@ from jsonargparse.typing import PositiveInt
 from latent_dmmd.commands import command_parser
 from latent_dmmd.data.sources import load_images
 from latent_dmmd.experiments.diagnosis import Diagnosis, save_diagnosis
-from latent_dmmd.flow import Sampler
 from latent_dmmd.pipeline import load_pipeline
+from latent_dmmd.schedule import Sampler
 from latent_dmmd.utils.files import check_files
 
 

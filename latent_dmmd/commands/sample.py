@@ -11,9 +11,9 @@ from accelerate import Accelerator
 from jsonargparse.typing import PositiveInt
 
 from latent_dmmd.commands import command_parser
-from latent_dmmd.flow import Sampler
 from latent_dmmd.latent_pipeline import FlowOptions
 from latent_dmmd.pipeline import load_pipeline
+from latent_dmmd.schedule import Sampler
 from latent_dmmd.utils.images import labelled_grid, save_pngs, to_pil, to_uint8
 from latent_dmmd.utils.output_folder import OutputFolder
 

@@ -13,10 +13,11 @@ from latent_dmmd.data.autoencoder import BUNDLED_AUTOENCODER, decode_pixels, loa
 from latent_dmmd.discrepancy import get_discrepancy
 from latent_dmmd.embeddings import MeanEmbeddings
 from latent_dmmd.features import FEATURE_NETS, BilinearFeatures, FeatureNet
-from latent_dmmd.flow import Sampler, flow_schedule, get_flow
+from latent_dmmd.flow import get_flow
 from latent_dmmd.forward import LinearInterpolant, noise_levels
 from latent_dmmd.methods.base import NetConfig
 from latent_dmmd.objective import DMMD, Batch, Objective, WitnessMatching
+from latent_dmmd.schedule import Sampler, flow_schedule
 from latent_dmmd.utils.benchmark import Cost, fitted_exponent, measure
 
 

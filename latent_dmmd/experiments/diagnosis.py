@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from latent_dmmd.discrepancy import mmd2
-from latent_dmmd.flow import ApproximateFlow, Sampler
+from latent_dmmd.flow import ApproximateFlow
 from latent_dmmd.pipeline import LatentDMMDPipeline
+from latent_dmmd.schedule import Sampler
 from latent_dmmd.utils.files import write_json
 
 NUM_GAUGE_LEVELS, NUM_GAUGE_PARTICLES, CHUNK_SIZE = 11, 64, 64

@@ -24,10 +24,11 @@ from latent_dmmd.baselines import FlowMatching, euler, timed_pairs
 from latent_dmmd.calibration import measure_embeddings, measure_gradients
 from latent_dmmd.discrepancy import mmd2, witness
 from latent_dmmd.embeddings import MeanEmbeddings
-from latent_dmmd.flow import Sampler, flow_schedule, get_flow
+from latent_dmmd.flow import get_flow
 from latent_dmmd.forward import LinearInterpolant
 from latent_dmmd.kernels import GaussianKernel
 from latent_dmmd.objective import DMMD, Batch, Objective, WitnessMatching
+from latent_dmmd.schedule import Sampler, flow_schedule
 
 NUM_NOISE_LEVELS = 25
 Draw = Callable[[int, torch.Generator], Tensor]

@@ -11,7 +11,8 @@ from latent_dmmd.data.autoencoder import Autoencoder
 from latent_dmmd.data.particles import Particles
 from latent_dmmd.nn.unet import UNetConfig
 from latent_dmmd.objective import Objective
-from latent_dmmd.pipeline import LatentPipeline, SamplingDefaults
+from latent_dmmd.pipeline import LatentPipeline
+from latent_dmmd.schedule import SamplingDefaults
 from latent_dmmd.utils.errors import ConfigError, check, did_you_mean
 
 

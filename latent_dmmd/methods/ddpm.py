@@ -6,8 +6,9 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from torch import nn
 
 from latent_dmmd.baselines import DDPM
-from latent_dmmd.methods.base import MethodConfig, register
+from latent_dmmd.methods.base import Method, MethodConfig, register
 from latent_dmmd.methods.flow_matching import FlowMatchingMethod
+from latent_dmmd.schedule import SamplingDefaults
 
 
 @dataclass
@@ -25,6 +26,9 @@ class DDPMMethod(FlowMatchingMethod):
 
     def objective(self, network: nn.Module, averaged_net: nn.Module) -> DDPM:
         return DDPM(network)
+
+    def sampling_options(self, sampling: SamplingDefaults) -> dict:
+        return Method.sampling_options(self, sampling)  # of first order
 
     def scheduler(self) -> DDIMScheduler:
         # particles leave [-1, 1]; "trailing" spacing starts at the last time, where particles are noise

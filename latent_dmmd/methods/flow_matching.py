@@ -9,6 +9,7 @@ from latent_dmmd.baselines import FlowMatching, VelocityNet
 from latent_dmmd.methods.base import Method, MethodConfig, NetConfig, latent_options, register
 from latent_dmmd.objective import Objective
 from latent_dmmd.pipeline import LatentSchedulerPipeline
+from latent_dmmd.schedule import SamplingDefaults
 
 
 def velocity_net(net: NetConfig, shape: tuple[int, int, int]) -> VelocityNet:
@@ -42,6 +43,10 @@ class FlowMatchingMethod(Method):
     ) -> LatentSchedulerPipeline:
         options = latent_options(particles, vae) | self.sampling_options(sampling)
         return LatentSchedulerPipeline(self.generator(averaged_net), self.scheduler(), **options)
+
+    def sampling_options(self, sampling: SamplingDefaults) -> dict:
+        order = {} if self.one_step else {"solver_order": sampling.solver_order}
+        return super().sampling_options(sampling) | order
 
     def scheduler(self) -> SchedulerMixin:
         """What moves particles by the network."""

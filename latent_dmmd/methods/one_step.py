@@ -7,10 +7,10 @@ from pathlib import Path
 from torch import nn
 
 from latent_dmmd.distillation import OneStep, PairCache, begin_with_features, make_pairs
-from latent_dmmd.flow import Sampler
 from latent_dmmd.methods.base import MethodConfig, NetConfig, register
 from latent_dmmd.methods.flow_matching import FlowMatchingMethod, velocity_net
 from latent_dmmd.pipeline import LatentDMMDPipeline, load_pipeline
+from latent_dmmd.schedule import Sampler
 from latent_dmmd.utils.errors import ConfigError, check
 from latent_dmmd.utils.files import expand_home
 

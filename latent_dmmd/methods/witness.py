@@ -15,7 +15,8 @@ from latent_dmmd.features import FEATURE_NETS, BilinearFeatures
 from latent_dmmd.forward import FORWARD_PROCESSES, get_forward_process
 from latent_dmmd.methods.base import Method, MethodConfig, NetConfig, draw_pairs, latent_options
 from latent_dmmd.objective import RunningEmbeddings, WitnessObjective
-from latent_dmmd.pipeline import LatentDMMDPipeline, SamplingDefaults
+from latent_dmmd.pipeline import LatentDMMDPipeline
+from latent_dmmd.schedule import SamplingDefaults
 from latent_dmmd.utils.errors import ConfigError, check
 from latent_dmmd.utils.randomness import keyed_generator
 
@@ -136,7 +137,8 @@ class WitnessMethod(Method):
         )
 
     def sampling_options(self, sampling: SamplingDefaults) -> dict:
-        return {name: getattr(sampling, name) for name in ("num_noise_levels", "steps_per_level", "sampler")}
+        options = {name: getattr(sampling, name) for name in ("num_noise_levels", "steps_per_level", "sampler")}
+        return options | {"solver_order": sampling.solver_order if self.options.forward_process == "linear" else 1}
 
     def pipeline(
         self,

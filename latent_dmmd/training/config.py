@@ -1,6 +1,6 @@
 """Everything a training run depends on: dataclasses, YAML files and the command line.
 
-Defaults live in these dataclasses, in those of the methods and in `pipeline.SamplingDefaults`, once each; files in
+Defaults live in these dataclasses, in those of the methods and in `schedule.SamplingDefaults`, once each; files in
 `configs/` hold the differences, with their reasons.
 """
 
@@ -19,7 +19,7 @@ from latent_dmmd.data.autoencoder import BUNDLED_AUTOENCODER
 from latent_dmmd.data.sources import INSTALLED, OnBadImage
 from latent_dmmd.methods.base import METHODS, Method, MethodConfig, NetConfig, build_method, method_class
 from latent_dmmd.methods.witness_matching import WitnessMatchingConfig
-from latent_dmmd.pipeline import SamplingDefaults
+from latent_dmmd.schedule import SamplingDefaults
 from latent_dmmd.training.configurations import with_bundled
 from latent_dmmd.utils.errors import ConfigError, check, did_you_mean
 from latent_dmmd.utils.files import expand_home, write_aside
@@ -167,6 +167,7 @@ class SamplingConfig(SamplingDefaults):
         sampler: "exact", "approximate" or "hybrid".
         num_noise_levels: Noise levels K of the flow.
         steps_per_level: Gradient steps at each.
+        solver_order: Order of the steps, 1 or 2; 2 uses the step before as well and costs no evaluation.
         num_images: Particles.
         seed: Seed of the initial particles.
     """
@@ -177,6 +178,7 @@ class SamplingConfig(SamplingDefaults):
     def __post_init__(self) -> None:
         for name in ("num_images", "num_noise_levels", "steps_per_level"):
             check(getattr(self, name) > 0, f"sampling.{name} must be positive; got {getattr(self, name)}")
+        check(self.solver_order in (1, 2), f"sampling.solver_order must be 1 or 2; got {self.solver_order}")
         check_seed("sampling.seed", self.seed)
 
 

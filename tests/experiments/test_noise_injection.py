@@ -3,7 +3,8 @@ import torch
 from conftest import random_embeddings, tiny_features
 
 from latent_dmmd.experiments.noise_injection import InjectedApproximateFlow, InjectedExactFlow
-from latent_dmmd.flow import ApproximateFlow, ExactFlow, flow_schedule
+from latent_dmmd.flow import ApproximateFlow, ExactFlow
+from latent_dmmd.schedule import flow_schedule
 
 
 def seeded():
