@@ -17,6 +17,7 @@ ORDER = [
     "embedding_sources",
     "features",
     "objective",
+    "schedule",
     "flow",
     "calibration",
     "baselines",
