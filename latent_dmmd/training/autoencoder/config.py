@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from latent_dmmd.nn.autoencoder import check_architecture
+from latent_dmmd.training.autoencoder.perceptual import check_networks
 from latent_dmmd.training.config import DataConfig, check_apart, check_seed
-from latent_dmmd.training.perceptual import check_networks
 from latent_dmmd.utils.errors import check
 from latent_dmmd.utils.files import expand_home
 

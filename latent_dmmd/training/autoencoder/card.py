@@ -12,7 +12,7 @@ from latent_dmmd.data.autoencoder import Autoencoder, load_autoencoder, trained_
 from latent_dmmd.data.folders import printable
 from latent_dmmd.data.sources import counted
 from latent_dmmd.metrics.autoencoders import AutoencoderScores, evaluate_autoencoder
-from latent_dmmd.training.autoencoder_config import AutoencoderTrainingConfig
+from latent_dmmd.training.autoencoder.config import AutoencoderTrainingConfig
 from latent_dmmd.training.config import as_dict
 from latent_dmmd.training.publishing import LICENCES
 from latent_dmmd.utils.files import write_aside
