@@ -270,7 +270,7 @@ class LatentSchedulerPipeline(LatentPipeline):
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,
         num_inference_steps: int | None = None,
-        solver_order: SolverOrder | None = None,
+        solver_order: int | None = None,
     ) -> None:
         super().__init__()
         statistics = dict(latents_mean=latents_mean, latents_std=latents_std)

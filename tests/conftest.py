@@ -226,6 +226,14 @@ def tiny_velocity(size=4, channels=2, **options):
     return VelocityNet(size, channels, **{**TINY_NET, **options})
 
 
+def moved(net):
+    """The network away from its initialisation, at which some outputs are zero."""
+    torch.manual_seed(0)
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.3)
+    return net
+
+
 def random_embeddings(num_levels=4, num_features=6, **options):
     """Stored mean embeddings of random values at evenly spaced levels, with a gradient scale of 0.1."""
     stored = MeanEmbeddings(num_levels, num_features, **options)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import tiny_features, tiny_velocity
+from conftest import moved, tiny_features, tiny_velocity
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
@@ -74,14 +74,6 @@ def random_batch(pairs=12):
     generator = torch.Generator().manual_seed(1)
     x_0, eps = (torch.randn(1, pairs, 2, 4, 4, generator=generator) for _ in range(2))
     return Batch(x_0, torch.zeros(1, dtype=torch.long), eps, torch.rand(1, pairs, generator=generator))
-
-
-def moved(net):
-    """The network away from its initialisation, at which some outputs are zero."""
-    torch.manual_seed(0)
-    for p in net.parameters():
-        nn.init.normal_(p, std=0.3)
-    return net
 
 
 class GaussianNoise(nn.Module):

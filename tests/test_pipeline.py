@@ -131,7 +131,8 @@ def test_a_pipeline_without_sampling_has_the_defaults():
     expected = pipe(2, num_noise_levels=25, steps_per_level=2, sampler="approximate", **how).images
     assert torch.equal(pipe(2, **how).images, expected)
     pipe = LatentDMMDPipeline(pipe.feature_net, pipe.mean_embeddings, sampling={"steps_per_level": 1})
-    assert vars(pipe.sampling_defaults) == dict(sampler="approximate", num_noise_levels=25, steps_per_level=1)
+    expected = dict(sampler="approximate", num_noise_levels=25, steps_per_level=1, solver_order=1)
+    assert vars(pipe.sampling_defaults) == expected
 
 
 def test_move_begins_at_the_highest_stored_level_up_to_start(pipe):

@@ -5,6 +5,7 @@ Under `accelerate launch` or torchrun several processes share the particles; the
 
 import inspect
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -31,6 +32,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--num_noise_levels", type=PositiveInt | None, help="DMMD: noise levels of the flow.")
     parser.add_argument("--steps_per_level", type=PositiveInt | None, help="DMMD: gradient steps at each level.")
     parser.add_argument("--num_inference_steps", type=PositiveInt | None, help="NFE, instead of these two.")
+    parser.add_argument("--solver_order", type=Literal[1, 2] | None, help="Order of the steps of a flow.")
     parser.add_argument("--class_labels", type=str | None, help="Name of a class, of a pipeline that has classes.")
     parser.add_argument("--guidance_scale", type=float, default=1.0, help="How much more of it; approximate sampler.")
     args = parser.parse_args(args)
