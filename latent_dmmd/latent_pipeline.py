@@ -8,7 +8,6 @@ import importlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.resources import files
 from numbers import Integral
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +23,7 @@ from huggingface_hub import CommitInfo, ModelCard, create_repo, hf_hub_download
 from torch import Tensor, nn
 
 from latent_dmmd.data.autoencoder import (
+    ASSETS,
     Autoencoder,
     decode_pixels,
     encode_moments,
@@ -37,7 +37,6 @@ from latent_dmmd.utils.images import to_pixels
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 Generators = torch.Generator | list[torch.Generator] | None
-ASSETS = files("latent_dmmd") / "assets"
 
 
 @dataclass(frozen=True)

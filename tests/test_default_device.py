@@ -46,8 +46,8 @@ from latent_dmmd.metrics.scores import memorised_share
 from latent_dmmd.objective import DMMD, WitnessMatching
 from latent_dmmd.pipeline import LatentDMMDPipeline, load_pipeline
 from latent_dmmd.schedule import flow_schedule
-from latent_dmmd.training import autoencoder
-from latent_dmmd.training.autoencoder_config import AutoencoderTrainingConfig, CropDataConfig
+from latent_dmmd.training.autoencoder import loop, train_autoencoder
+from latent_dmmd.training.autoencoder.config import AutoencoderTrainingConfig, CropDataConfig
 from latent_dmmd.training.config import Config, parse_config
 from latent_dmmd.training.loop import train
 from latent_dmmd.training.trainer import step_generators
@@ -313,12 +313,12 @@ def test_training_of_classes_and_one_step(trap, arguments, plain_arguments, few_
 
 
 def test_training_of_an_autoencoder(trap, monkeypatch, tiny_images, tmp_path):
-    monkeypatch.setattr(autoencoder, "load_extractor", lambda: None)
+    monkeypatch.setattr(loop, "load_extractor", lambda: None)
     data = CropDataConfig(str(tiny_images), resolution=32, cache_dir=str(tmp_path / "cache"))
     how = dict(num_steps=2, batch_size=2, crop_size=32, adversarial_weight=0.1, adversarial_start=1)
     how |= dict(gradient_weight=1.0, equivariance_weight=1.0, perceptual_weight=0.0, pooled_weight=0.0, width=8)
     config = AutoencoderTrainingConfig(str(tmp_path / "run"), data, mixed_precision="no", **how)
-    autoencoder.train_autoencoder(config)
+    train_autoencoder(config)
 
 
 HOW = dict(num_noise_levels=4, steps_per_level=2, output_type="latent")

@@ -96,7 +96,7 @@ def test_scripts_are_thin():
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_configs_parse(path):
     from latent_dmmd.experiments.compare import CompareConfig, Comparison
-    from latent_dmmd.training.autoencoder_config import AutoencoderTrainingConfig
+    from latent_dmmd.training.autoencoder.config import AutoencoderTrainingConfig
     from latent_dmmd.training.config import Config, parse_config
 
     if path.name.startswith("compare_"):

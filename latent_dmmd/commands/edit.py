@@ -6,7 +6,7 @@ import torch
 from jsonargparse.typing import PositiveInt
 
 from latent_dmmd.commands import command_parser
-from latent_dmmd.data.sources import open_mask, open_rgb
+from latent_dmmd.data.images import open_mask, open_rgb
 from latent_dmmd.editing import editor_of
 from latent_dmmd.pipeline import load_pipeline
 from latent_dmmd.utils.images import save_pngs

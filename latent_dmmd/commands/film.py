@@ -7,7 +7,7 @@ from jsonargparse.typing import PositiveInt
 
 from latent_dmmd.apps.film import film, interpolation, save_film
 from latent_dmmd.commands import command_parser
-from latent_dmmd.data.sources import read_image
+from latent_dmmd.data.images import read_image
 from latent_dmmd.pipeline import load_pipeline
 from latent_dmmd.schedule import Sampler
 from latent_dmmd.utils.files import check_files

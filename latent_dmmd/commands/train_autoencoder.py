@@ -2,8 +2,7 @@
 
 import shlex
 
-from latent_dmmd.training.autoencoder import train_autoencoder
-from latent_dmmd.training.autoencoder_config import AutoencoderTrainingConfig
+from latent_dmmd.training.autoencoder import AutoencoderTrainingConfig, train_autoencoder
 from latent_dmmd.training.config import parse_config
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from latent_dmmd.utils.errors import DataError, one_line
 
-# what Pillow reads and people keep pictures in; not its documents, films and drawings
+# what Pillow reads and people keep images in; not its documents, films and drawings
 FORMATS = {"AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP"}
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation", "heldout"}
 HIDDEN = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found"}

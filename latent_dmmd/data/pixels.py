@@ -1,6 +1,7 @@
 """Decoded images on the disk, from which crops are cut, and the part of a data set that is kept for validation."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate
@@ -86,7 +87,9 @@ def cache_images(
     return cache
 
 
-def stack_shard(batches, progress: tqdm, on_bad_image: OnBadImage) -> tuple[dict[str, Tensor], dict[str, str], int]:
+def stack_shard(
+    batches: Iterator[list[tuple[str, Tensor | DataError]]], progress: tqdm, on_bad_image: OnBadImage
+) -> tuple[dict[str, Tensor], dict[str, str], int]:
     """Tensors and metadata of a shard, and the number of images read for it."""
     images, skipped, count = [], [], 0
     for items in batches:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from latent_dmmd.data.elpv import elpv_classes, elpv_files
 from latent_dmmd.data.folders import Found, ZipArchive, classes_by_folder, find_images, image_suffixes, printable
-from latent_dmmd.data.images import open_mask, open_rgb, read_image  # noqa: F401 (scripts take them from here)
+from latent_dmmd.data.images import read_image
 from latent_dmmd.data.openmoji import openmoji_images
 from latent_dmmd.data.tables import (
     cell_source,

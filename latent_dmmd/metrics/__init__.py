@@ -1,1 +1,1 @@
-"""Scores of generated images."""
+"""Scores of generated images, of edits and of autoencoders."""

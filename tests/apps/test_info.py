@@ -12,7 +12,7 @@ from latent_dmmd.apps.info import describe_folder
 from latent_dmmd.data.particles import cache_latents
 from latent_dmmd.data.pixels import cache_images
 from latent_dmmd.data.sources import load_images
-from latent_dmmd.training.autoencoder_config import AutoencoderTrainingConfig
+from latent_dmmd.training.autoencoder.config import AutoencoderTrainingConfig
 from latent_dmmd.training.checkpoints import AVERAGES, MANIFEST
 from latent_dmmd.training.config import AutoencoderConfig, Config, parse_config, save_config
 from latent_dmmd.training.loop import train

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from latent_dmmd.data.autoencoder import decode_pixels, encode_moments, load_autoencoder, psnr
 from latent_dmmd.data.sources import load_images
 from latent_dmmd.training import first_look, loop
-from latent_dmmd.training.autoencoder_config import AutoencoderTrainingConfig
+from latent_dmmd.training.autoencoder.config import AutoencoderTrainingConfig
 from latent_dmmd.training.config import Config, parse_config
 from latent_dmmd.training.loop import train
 from latent_dmmd.utils.images import to_pixels

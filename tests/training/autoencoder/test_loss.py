@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from latent_dmmd.training.autoencoder_config import AutoencoderTrainingConfig
-from latent_dmmd.training.autoencoder_loss import AutoencoderLoss, gradient_distance, noised
-from latent_dmmd.training.perceptual import PerceptualDistance
+from latent_dmmd.training.autoencoder.config import AutoencoderTrainingConfig
+from latent_dmmd.training.autoencoder.loss import AutoencoderLoss, gradient_distance, noised
+from latent_dmmd.training.autoencoder.perceptual import PerceptualDistance
 
 
 class Halves:
@@ -86,7 +86,7 @@ def test_several_networks_are_averaged(monkeypatch):
         def forward(self, x, y):
             return tuple(map(torch.tensor, self.values))
 
-    monkeypatch.setattr("latent_dmmd.training.autoencoder_loss.PerceptualDistance", Fixed)
+    monkeypatch.setattr("latent_dmmd.training.autoencoder.loss.PerceptualDistance", Fixed)
     both = settings(perceptual_networks=["lite1", "lite2"], perceptual_weight=0.5, pooled_weight=0.1)
     terms, _ = AutoencoderLoss(both)(Halves(), torch.rand(1, 3, 8, 8), generator())
     assert terms["perceptual"].item() == 1.0 and terms["pooled"].item() == pytest.approx(2.0)

@@ -1,7 +1,7 @@
 """Training of an autoencoder: a configuration in, a run folder out.
 
 The default is a small deep-compression autoencoder (Chen et al., 2025), of the architecture that the project bundles,
-on random crops; `autoencoder_loss` has the loss. A saved AutoencoderKL, AutoencoderTiny or AutoencoderDC is fine-tuned
+on random crops; `loss` has the loss. A saved AutoencoderKL, AutoencoderTiny or AutoencoderDC is fine-tuned
 alike: an AutoencoderKL on the mean of its posterior, with the noise of this loss in place of the posterior's own.
 
 The run folder holds `config.yaml`, `metrics.jsonl`, `reconstructions.png`, `checkpoint-{step}/`, and at the end
@@ -18,15 +18,14 @@ from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
 
 from latent_dmmd.data.autoencoder import Autoencoder, downsampling_of, reconstruct
-from latent_dmmd.data.pixels import cache_images, random_crops, validation_indices
+from latent_dmmd.data.pixels import cache_images, validation_indices
 from latent_dmmd.data.sources import describe, load_images
 from latent_dmmd.metrics.autoencoders import check_varied, finite_reconstructions, psnr_of
 from latent_dmmd.metrics.extractors import load_extractor
 from latent_dmmd.metrics.sets import load_set
-from latent_dmmd.nn.autoencoder import build_autoencoder
-from latent_dmmd.training.autoencoder_card import save_autoencoder
-from latent_dmmd.training.autoencoder_config import AutoencoderTrainingConfig
-from latent_dmmd.training.autoencoder_trainer import AutoencoderTrainer, build_networks
+from latent_dmmd.training.autoencoder.card import save_autoencoder
+from latent_dmmd.training.autoencoder.config import AutoencoderTrainingConfig
+from latent_dmmd.training.autoencoder.trainer import AutoencoderTrainer, build_networks
 from latent_dmmd.training.checkpoints import (
     check_run_folder,
     checkpoint_to_resume,
@@ -42,8 +41,6 @@ from latent_dmmd.training.metrics_file import MetricsFile
 from latent_dmmd.utils.errors import ConfigError, DataError, check
 from latent_dmmd.utils.images import labelled_grid, save_image
 from latent_dmmd.utils.process import own_accelerator
-
-__all__ = ["AutoencoderTrainingConfig", "build_autoencoder", "random_crops", "train_autoencoder"]
 
 LOG_EVERY, CHECKPOINTS_KEPT = 10, 2
 NUM_MEASURED, NUM_SHOWN = 64, 8  # validation images at a checkpoint

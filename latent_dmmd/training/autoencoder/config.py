@@ -2,12 +2,11 @@
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from latent_dmmd.nn.autoencoder import check_architecture
-from latent_dmmd.training.config import DataConfig, check_seed
-from latent_dmmd.training.perceptual import check_networks
+from latent_dmmd.training.autoencoder.perceptual import check_networks
+from latent_dmmd.training.config import DataConfig, check_apart, check_seed
 from latent_dmmd.utils.errors import check
 from latent_dmmd.utils.files import expand_home
 
@@ -22,8 +21,8 @@ class CropDataConfig(DataConfig):
     """The images that crops are cut from.
 
     Args:
-        name_or_path: `elpv:train`, a folder or zip archive of images, parquet files, a folder of `save_to_disk`, or a
-            data set on the hub; `:split` after a name chooses a split.
+        name_or_path: `elpv:train`, `openmoji:train`, a folder or zip archive of images, parquet files, a folder of
+            `save_to_disk`, or a data set on the hub; `:split` after a name chooses a split.
         resolution: Side in pixels.
         image_column: Column of images in tables and hub data.
         horizontal_flip: Whether half of the crops are mirrored, left to right.
@@ -66,7 +65,7 @@ class AutoencoderTrainingConfig:
         learning_rate: Peak learning rate of AdamW, decayed to a twentieth by a cosine.
         num_warmup_steps: Steps of linear warm-up.
         ema_decay: Decay of the averaged weights, which are the ones saved.
-        latent_noise: Largest level a of the noise on latents, drawn anew for each crop.
+        latent_noise: Largest level a of the noise on latents, drawn for each crop.
         noise_kind: "add", z + a · std · ε, or "interpolate", (1 − a) z + a · std · ε; std is each channel's own.
         latent_weight: Weight of the pull of the latents' mean square towards 1; 0.01, or 0 with init_from, by default.
         squared_weight: Weight of the mean squared error, which PSNR measures.
@@ -126,12 +125,7 @@ class AutoencoderTrainingConfig:
         check(not interpolates or self.latent_noise <= 1, f"latent_noise must be at most 1; got {self.latent_noise}")
         check_networks(self.perceptual_networks)
         check_seed("seed", self.seed)
-        images, output = Path(self.data.name_or_path).resolve(), Path(self.output_dir).resolve()
-        check(
-            not images.is_dir() or images not in (output, *output.parents),
-            f"output_dir {self.output_dir} lies in data.name_or_path {self.data.name_or_path}: the images of the run "
-            "would become data; choose another --output_dir",
-        )
+        check_apart(self.output_dir, self.data.name_or_path)
 
     def resolve(self) -> None:
         """Fill in what depends on where training starts. Raises ConfigError for what would be ignored."""

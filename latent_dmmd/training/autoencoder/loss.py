@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from latent_dmmd.data.autoencoder import Autoencoder, mean_of
-from latent_dmmd.training.autoencoder_config import AutoencoderTrainingConfig
-from latent_dmmd.training.perceptual import PerceptualDistance
+from latent_dmmd.training.autoencoder.config import AutoencoderTrainingConfig
+from latent_dmmd.training.autoencoder.perceptual import PerceptualDistance
 
 
 def noised(latents: Tensor, config: AutoencoderTrainingConfig, generator: torch.Generator) -> Tensor:

@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 from latent_dmmd.data.autoencoder import Autoencoder, load_autoencoder
 from latent_dmmd.data.pixels import random_crops
 from latent_dmmd.nn.autoencoder import PatchDiscriminator, build_autoencoder
-from latent_dmmd.training.autoencoder_config import AutoencoderTrainingConfig
-from latent_dmmd.training.autoencoder_loss import AutoencoderLoss, hinge_loss
+from latent_dmmd.training.autoencoder.config import AutoencoderTrainingConfig
+from latent_dmmd.training.autoencoder.loss import AutoencoderLoss, hinge_loss
 from latent_dmmd.training.metrics_file import check_finite
 from latent_dmmd.training.trainer import learning_rate_at
 from latent_dmmd.utils.errors import ConfigError

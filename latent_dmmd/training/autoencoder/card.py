@@ -12,11 +12,11 @@ from latent_dmmd.data.autoencoder import Autoencoder, load_autoencoder, trained_
 from latent_dmmd.data.folders import printable
 from latent_dmmd.data.sources import counted
 from latent_dmmd.metrics.autoencoders import AutoencoderScores, evaluate_autoencoder
-from latent_dmmd.training.autoencoder_config import AutoencoderTrainingConfig
+from latent_dmmd.training.autoencoder.config import AutoencoderTrainingConfig
 from latent_dmmd.training.config import as_dict
+from latent_dmmd.training.publishing import LICENCES
 from latent_dmmd.utils.files import write_aside
 
-LICENCES = {"elpv": "cc-by-nc-sa-4.0", "openmoji": "cc-by-sa-4.0"}
 START = {"both": "Fine-tuned from", "decoder": "Its decoder was fine-tuned, and its encoder left as it was, from"}
 
 
@@ -94,7 +94,7 @@ def licence(config: AutoencoderTrainingConfig) -> str:
     sources = {config.data.name_or_path.partition(":")[0]}
     if config.init_from is not None:
         sources.add(trained_on(config.init_from))
-    found = {LICENCES.get(name, "other") for name in sources}
+    found = {LICENCES[name][0] if name in LICENCES else "other" for name in sources}
     return found.pop() if len(found) == 1 else "other"
 
 

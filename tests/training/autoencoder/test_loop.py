@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -12,15 +13,16 @@ from conftest import BUILDERS, frozen, metrics
 from PIL import Image
 from safetensors.torch import load_file
 
-from latent_dmmd.commands import evaluate_autoencoder, train_autoencoder
+from latent_dmmd.commands import evaluate_autoencoder
+from latent_dmmd.commands.train_autoencoder import main
 from latent_dmmd.data.autoencoder import BUNDLED_AUTOENCODER, encode_moments, load_autoencoder
 from latent_dmmd.metrics.autoencoders import psnr_of
 from latent_dmmd.nn.autoencoder import build_autoencoder
-from latent_dmmd.training import autoencoder
-from latent_dmmd.training.autoencoder import AutoencoderTrainingConfig, load_training_images
-from latent_dmmd.training.autoencoder_card import save_autoencoder
-from latent_dmmd.training.autoencoder_config import CropDataConfig
-from latent_dmmd.training.autoencoder_trainer import AutoencoderTrainer
+from latent_dmmd.training.autoencoder import AutoencoderTrainingConfig, loop, train_autoencoder
+from latent_dmmd.training.autoencoder.card import save_autoencoder
+from latent_dmmd.training.autoencoder.config import CropDataConfig
+from latent_dmmd.training.autoencoder.loop import load_training_images
+from latent_dmmd.training.autoencoder.trainer import AutoencoderTrainer
 from latent_dmmd.training.config import parse_config
 from latent_dmmd.utils.errors import ConfigError, DataError
 
@@ -31,7 +33,7 @@ NO_NETWORK = dict(perceptual_weight=0.0, pooled_weight=0.0)
 @pytest.fixture(autouse=True)
 def no_scorer(monkeypatch):
     """The early look for the network that scores, which takes a fifth of a second."""
-    monkeypatch.setattr(autoencoder, "load_extractor", lambda: None)
+    monkeypatch.setattr(loop, "load_extractor", lambda: None)
 
 
 @pytest.fixture
@@ -77,7 +79,7 @@ def test_stopped_and_resumed_is_as_in_one_go(config, monkeypatch, adversarial_we
     """Bit by bit: weights, averages, optimisers, discriminator, figures and what is saved."""
     options = dict(adversarial_weight=adversarial_weight, adversarial_start=1)
     whole, broken = config("whole", **options), config("broken", **options)
-    autoencoder.train_autoencoder(whole)
+    train_autoencoder(whole)
 
     step = AutoencoderTrainer.step
 
@@ -89,10 +91,10 @@ def test_stopped_and_resumed_is_as_in_one_go(config, monkeypatch, adversarial_we
     with monkeypatch.context() as patch:
         patch.setattr(AutoencoderTrainer, "step", stop_after_three)
         with pytest.raises(SystemExit):
-            autoencoder.train_autoencoder(broken)
-    autoencoder.train_autoencoder(broken)
+            train_autoencoder(broken)
+    train_autoencoder(broken)
 
-    folders = [autoencoder.Path(c.output_dir) for c in (whole, broken)]
+    folders = [Path(c.output_dir) for c in (whole, broken)]
     for name in ("model", "model_1", "averages"):
         first, second = (load_file(folder / "checkpoint-4" / f"{name}.safetensors") for folder in folders)
         assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
@@ -111,7 +113,7 @@ def test_stopped_and_resumed_is_as_in_one_go(config, monkeypatch, adversarial_we
 @pytest.mark.parametrize("trains", ["both", "decoder"])
 def test_fine_tuning_keeps_the_class_and_with_the_decoder_alone_the_latents(config, tmp_path, class_name, trains):
     start = saved(class_name, tmp_path / "start")
-    folder = autoencoder.train_autoencoder(config(init_from=start, trains=trains, learning_rate=1e-2))
+    folder = train_autoencoder(config(init_from=start, trains=trains, learning_rate=1e-2))
     before, after = load_autoencoder(start), load_autoencoder(str(folder))
     assert type(after).__name__ == class_name
     pixels = torch.rand(2, 3, 32, 32) * 2 - 1
@@ -128,12 +130,12 @@ def test_weights_are_float16_unless_that_would_move_latents_that_stay(config, tm
 
     start = saved("AutoencoderDC", tmp_path / "start")
     frozen("AutoencoderDC").half().save_pretrained(tmp_path / "half")
-    assert dtypes(autoencoder.train_autoencoder(config("a"))) == {torch.float16}
-    assert dtypes(autoencoder.train_autoencoder(config("b", init_from=start))) == {torch.float16}
+    assert dtypes(train_autoencoder(config("a"))) == {torch.float16}
+    assert dtypes(train_autoencoder(config("b", init_from=start))) == {torch.float16}
     decoder = dict(trains="decoder")
-    assert dtypes(autoencoder.train_autoencoder(config("c", init_from=start, **decoder))) == {torch.float32}
+    assert dtypes(train_autoencoder(config("c", init_from=start, **decoder))) == {torch.float32}
     half = str(tmp_path / "half")
-    assert dtypes(autoencoder.train_autoencoder(config("d", init_from=half, **decoder))) == {torch.float16}
+    assert dtypes(train_autoencoder(config("d", init_from=half, **decoder))) == {torch.float16}
 
 
 def test_a_tenth_is_not_trained_on(config):
@@ -159,8 +161,8 @@ def test_other_images_validate(config, tiny_images, tmp_path):
 
 def test_checkpoints_measure_the_averaged_weights(config):
     options = config(num_steps=2)
-    folder = autoencoder.Path(options.output_dir)
-    autoencoder.train_autoencoder(options)
+    folder = Path(options.output_dir)
+    train_autoencoder(options)
     line = metrics(folder)[-1]
     assert {"l1", "squared", "latent", "psnr"} < line.keys()
     averaged = build_autoencoder(**SMALL).eval()
@@ -171,7 +173,7 @@ def test_checkpoints_measure_the_averaged_weights(config):
 
 
 def test_figures_of_the_card_are_those_of_its_command(config, tmp_path, monkeypatch, capsys):
-    folder = autoencoder.train_autoencoder(config(num_steps=1))
+    folder = train_autoencoder(config(num_steps=1))
     capsys.readouterr()
     card = (folder / "README.md").read_text()
     command = card.split("```sh\nlatent-dmmd evaluate-autoencoder ")[1].split("\n")[0]
@@ -195,7 +197,7 @@ def test_nothing_is_saved_that_could_not_be_measured(config, tmp_path):
 
 def refusal(build, error=(ConfigError, DataError)):
     with pytest.raises(error) as caught:
-        autoencoder.train_autoencoder(build())
+        train_autoencoder(build())
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -235,7 +237,7 @@ def refusal(build, error=(ConfigError, DataError)):
 )
 def test_what_cannot_be_is_one_line_and_leaves_nothing(config, tmp_path, options, message):
     with pytest.raises((ConfigError, DataError), match=message):
-        autoencoder.train_autoencoder(config(**options))
+        train_autoencoder(config(**options))
     assert refusal(lambda: config(**options))
     assert not (tmp_path / options.get("run", "run")).exists()
 
@@ -265,18 +267,26 @@ def test_bad_images_are_named_or_skipped_as_by_the_main_job(config, tiny_images,
 
 
 def test_a_run_folder_of_other_settings_is_refused(config):
-    autoencoder.train_autoencoder(config(num_steps=1))
+    train_autoencoder(config(num_steps=1))
     assert "learning_rate 0.5 (was 0.001)" in refusal(lambda: config(num_steps=1, learning_rate=0.5))
-    autoencoder.train_autoencoder(config(num_steps=1, checkpointing_steps=5))
+    train_autoencoder(config(num_steps=1, checkpointing_steps=5))
 
 
 def test_the_command_says_what_is_next(config, tiny_images, tmp_path, capsys):
     keys = dict(num_steps=1, batch_size=2, crop_size=16, mixed_precision="no", **NO_NETWORK, **SMALL)
     words = [f"--data.name_or_path={tiny_images}", f"--data.cache_dir={tmp_path / 'cache'}", "--data.resolution=32"]
     words += [f"--output_dir={tmp_path / 'run'}", *(f"--{name}={value}" for name, value in keys.items())]
-    train_autoencoder.main(words)
+    main(words)
     out = capsys.readouterr().out
     assert f"autoencoder: {tmp_path / 'run' / 'autoencoder'}\n" in out and "data: 12 images" in out
     assert f"latent-dmmd train --data.name_or_path {tiny_images} --autoencoder.name_or_path" in out
     with pytest.raises(ConfigError, match="no such key: data.horizontal_flips; did you mean data.horizontal_flip"):
         parse_config(AutoencoderTrainingConfig, ["--data.horizontal_flips", "true"])
+
+
+def test_the_room_names_what_trains_and_its_configuration():
+    from latent_dmmd.training import autoencoder
+
+    assert autoencoder.train_autoencoder is loop.train_autoencoder and {*autoencoder.__all__} <= {*dir(autoencoder)}
+    with pytest.raises(AttributeError, match="no attribute 'train'"):
+        autoencoder.train  # noqa: B018
