@@ -111,7 +111,7 @@ def reasons_against(comparison: Comparison, run: Run, scores: dict | None) -> li
     differing = differing_keys(comparison.config_of(run, num_steps=1), folder / "config.yaml")
     reasons = [f"{name} is {values}" for name, values in differing.items() if name not in NOT_COMPARED]
     if any(asked.values()) and scores.get("budget") != asked:
-        reasons.append(f"the training time is {asked} (was {scores.get('budget')})")
+        reasons.append(f"the budget is {budget_text(asked)} (was {budget_text(scores.get('budget') or {})})")
     return reasons
 
 
@@ -120,8 +120,13 @@ def finished(comparison: Comparison, run: Run) -> dict | None:
     scores = read_finished(comparison.export_dir / run.name)
     reasons = reasons_against(comparison, run, scores)
     if scores is not None and reasons:
-        print(f"{run.name}: what {comparison.export_dir / run.name} holds is another: {reasons[0]}")
+        print(f"{run.name}: {comparison.export_dir / run.name} holds another training: {reasons[0]}")
     return None if reasons else scores
+
+
+def budget_text(budget: dict) -> str:
+    """Minutes or steps in words."""
+    return " ".join(f"{value:g} {name.removeprefix('num_')}" for name, value in budget.items() if value is not None)
 
 
 def autoencoder_folder(comparison: Comparison, scores: dict) -> Path:

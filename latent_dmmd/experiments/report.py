@@ -34,7 +34,7 @@ def write_report(comparison: Comparison, result: dict, command: str) -> Path:
     with TemporaryDirectory() as aside:
         data_sets = []
         for i, (each, export_dir) in enumerate(results):
-            plots = plot_results(each, Path(aside), prefix="" if i == 0 else f"{export_dir.name}-")
+            plots = plot_results(each, Path(aside), prefix=f"{i + 1}-" if i else "")
             data_sets.append(DataSet(title_of(each), each, plots, export_dir))
         text = page(data_sets, command)
         for path in sorted(Path(aside).iterdir()):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from latent_dmmd.experiments.compare import GAUSSIAN
 from latent_dmmd.experiments.estimates import Estimate, estimate
-from latent_dmmd.experiments.report_table import ERRORS, milliseconds, shown
+from latent_dmmd.experiments.report_table import ERRORS, main_note, main_table, milliseconds, shown
 from latent_dmmd.experiments.summary import equal_time_ratio, excess_of, excess_ratio
 from latent_dmmd.metrics.evaluation import SMALL_BELOW
 
@@ -30,7 +30,9 @@ img { width: 100%; height: auto; display: block; }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid #d8dee4; text-align: right; white-space: nowrap; }
 th { vertical-align: bottom; }
-th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 10rem; }
+th:first-child, td:first-child { text-align: left; }
+.texts th:first-child, .texts td:first-child { white-space: normal; min-width: 10rem; }
+summary { cursor: pointer; padding: .3rem 0; }
 pre { background: #f6f8fa; padding: .7rem; overflow-x: auto; font-size: .85rem; }
 """
 
@@ -75,16 +77,17 @@ def section(data_set: DataSet) -> str:
     """One data set."""
     result, settings = data_set.result, data_set.result["settings"]
     parts = [f"<h2>{html.escape(data_set.title)}</h2>", introduction(result)]
+    parts += [table(*main_table(result)), f'<p class="note">{html.escape(main_note(result))}</p>']
     rows = [[text, Estimate(**value).text(2)] for text, value in result["ratios"].items()]
-    parts += ["<h3>Ratios</h3>", table(["ratio", "value"], rows)]
+    parts += ["<h3>Ratios</h3>", folded("All ratios", table(["ratio", "value"], rows, "texts"), is_open=True)]
     parts += ["<h3>Curves</h3>", figures([figure(path, caption) for path, caption in data_set.plots], "plots")]
     parts += ["<h3>Images</h3>", '<p class="note">The first images of the first seed; a click shows the full size.</p>']
     parts.append(figures(images_of(data_set, "grid")))
     if nearest := images_of(data_set, "nearest"):
         note = "Of the first 32 images, those nearest to a training image, and that image."
         parts += ["<h3>Nearest training images</h3>", f'<p class="note">{note}</p>', figures(nearest)]
-    parts += ["<h3>Distances</h3>", distance_table(result), distance_note(settings)]
-    parts += ["<h3>Precision, recall and coverage</h3>", coverage_table(result)]
+    parts += ["<h3>All scores</h3>", folded("Distances", distance_table(result), distance_note(settings))]
+    parts.append(folded("Precision, recall and coverage", coverage_table(result)))
     parts.append(
         '<p class="note">Memorised: nearer, in the features\' Euclidean distance, to a training image than 99 % of the '
         f"held-out images are. The entry {GAUSSIAN} is a Gaussian fitted to the training latents.</p>"
@@ -195,7 +198,7 @@ def context_table(result: dict) -> str:
             ("reconstruction_distance", "reconstructed held-out images"),
         ):
             rows.append([text, extractor, f"{context[name]:.1f}"] + ["–"] * 5)
-    return table(header, rows)
+    return table(header, rows, "texts")
 
 
 def cost_tables(result: dict) -> str:
@@ -234,6 +237,11 @@ def images_of(data_set: DataSet, kind: str) -> list[str]:
     return found
 
 
+def folded(title: str, *parts: str, is_open: bool = False) -> str:
+    """Parts that a click on the title shows or hides."""
+    return f"<details{' open' if is_open else ''}><summary>{html.escape(title)}</summary>{''.join(parts)}</details>"
+
+
 def figures(items: list[str], extra: str = "") -> str:
     """Figures side by side where there is room."""
     return f'<div class="figures {extra}">{"".join(items)}</div>'
@@ -248,8 +256,8 @@ def figure(path: Path, caption: str) -> str:
     return f"<figure>{zoom}<figcaption>{text}</figcaption></figure>"
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A table of texts, which are escaped."""
+def table(header: list[str], rows: list[list[str]], extra: str = "") -> str:
+    """A table of texts, which are escaped; with `extra` "texts" those of the first column take several lines."""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+    return f'<div class="wide {extra}"><table><tr>{head}</tr>{body}</table></div>'

@@ -1,5 +1,6 @@
 """The plots of a report, as PNG files."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,14 +66,16 @@ def levels(result: dict, score: str, space: str) -> dict[str, float]:
 
 
 def drawn_rows(result: dict, score: str, x_of: Callable[[dict], float | None], space: str) -> dict | None:
-    """Label to x, means and errors of a score; None where no row has an x. x is None for rows without NFE."""
+    """Label to x, means and errors of a score, NaN of one training seed; None where no row has an x.
+
+    x is None for rows without NFE.
+    """
     drawn = {}
     for label in dict.fromkeys(row["label"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["label"] == label and x_of(row) is not None]
-        values = [estimate((row[space] if space else row)[score]) for row in rows]
         if rows:
             x = [x_of(row) for row in rows] if rows[0]["nfe"] else None
-            drawn[label] = x, [v.mean for v in values], [v.error or 0 for v in values]
+            drawn[label] = x, *means_and_errors([(row[space] if space else row)[score] for row in rows])
     return drawn or None
 
 
@@ -81,9 +84,14 @@ def drawn_curves(result: dict) -> dict:
     drawn = {}
     for label in dict.fromkeys(row["label"] for row in result["rows"]):
         points = sorted((p for p in result["curves"] if p["label"] == label), key=lambda point: point["minutes"])
-        values = [estimate(p["frechet_distance"]) for p in points]
-        drawn[label] = [p["minutes"] for p in points], [v.mean for v in values], [v.error or 0 for v in values]
+        drawn[label] = [p["minutes"] for p in points], *means_and_errors([p["frechet_distance"] for p in points])
     return drawn
+
+
+def means_and_errors(values: list[list[float]]) -> tuple[list[float], list[float]]:
+    """Means over training seeds, and their standard errors: NaN, which draws no bar, of one seed."""
+    found = [estimate(each) for each in values]
+    return [v.mean for v in found], [math.nan if v.error is None else v.error for v in found]
 
 
 def plot(path: Path, drawn: dict, x_label: str, title: str, lines: dict[str, float]) -> None:
@@ -91,7 +99,7 @@ def plot(path: Path, drawn: dict, x_label: str, title: str, lines: dict[str, flo
     from matplotlib.figure import Figure  # not pyplot, whose backend is the caller's
     from matplotlib.ticker import ScalarFormatter
 
-    figure = Figure(figsize=(8, 5))
+    figure = Figure(figsize=(6.4, 4.8))
     axis = figure.subplots()
     for i, (label, (x, means, errors)) in enumerate(drawn.items()):
         if x is None:
@@ -109,5 +117,5 @@ def plot(path: Path, drawn: dict, x_label: str, title: str, lines: dict[str, flo
     axis.grid(alpha=0.3, which="both")
     axis.set_xlabel(x_label)
     axis.set_ylabel(f"{title} ({'higher' if title in ('recall', 'coverage') else 'lower'} is better)")
-    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    axis.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
     figure.savefig(path, dpi=110, bbox_inches="tight")

@@ -38,36 +38,29 @@ def markdown_of(result: dict) -> list[str]:
     """The lines of one data set."""
     settings = result["settings"]
     sizes = f"n = {settings['num_images']:,} against {settings['num_reference']:,} held out"
-    header = [
-        "model",
-        "NFE",
-        settings["distance"],
-        "above reconstructed",
-        "recall",
-        "coverage",
-        "memorised",
-        "ms per image",
-    ]
-    lines = [
-        f"**{escaped(title_of(result))}**, {sizes}:",
-        "",
-        "| " + " | ".join(header) + " |",
-        "|" + "---|" * len(header),
-    ]
+    header, rows = main_table(result)
+    lines = [f"**{escaped(title_of(result))}**, {sizes}:", ""]
+    lines += ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines += ["| " + " | ".join(map(escaped, cells)) + " |" for cells in rows]
+    return [*lines, "", main_note(result), ""]
+
+
+def main_table(result: dict) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table, as texts."""
+    header = ["model", "NFE", result["settings"]["distance"], "above reconstructed", "recall", "coverage"]
+    rows = []
     for row in table_rows(result):
-        cells = [escaped(row["label"]), str(row["nfe"] or "–"), estimate(row["frechet_distance"]).text(1)]
+        cells = [row["label"], str(row["nfe"] or "–"), estimate(row["frechet_distance"]).text(1)]
         cells.append(excess_of(result, row["label"], row["nfe"]).text(1))
         cells += [estimate(row[name]).text(2) for name in ("recall", "coverage")]
-        cells.append(estimate(row["memorised_share"]).text(1, factor=100) + " %")
-        cells.append(milliseconds(row))
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        f"{ERRORS[0].upper()}{ERRORS[1:]}. As many reconstructed training images score {level_of(result):.1f}, "
-        f"the floor is {result['floor_distance']:.1f}.",
-        "",
-    ]
-    return lines
+        rows.append([*cells, estimate(row["memorised_share"]).text(1, factor=100), milliseconds(row)])
+    return [*header, "memorised %", "ms per image"], rows
+
+
+def main_note(result: dict) -> str:
+    """What the table is held against."""
+    level = f"As many reconstructed training images score {level_of(result):.1f}"
+    return f"{ERRORS[0].upper()}{ERRORS[1:]}. {level}, the floor is {result['floor_distance']:.1f}."
 
 
 def escaped(text: str) -> str:

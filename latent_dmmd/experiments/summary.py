@@ -160,14 +160,19 @@ def excess_of(result: dict, label: str, nfe: int, space: str = "") -> Estimate |
 
 
 def excess_ratio(result: dict, row: dict, space: str = "") -> Estimate | None:
-    """The excess of a row over that of the baseline at the same NFE; None if there is none."""
+    """The excess of a row over that of the baseline at the same NFE; None if there is none, and for itself."""
+    if row["label"] == result["settings"]["baseline"]:
+        return None
     ours = excess_of(result, row["label"], row["nfe"], space)
     theirs = excess_of(result, result["settings"]["baseline"], row["nfe"], space)
     return None if theirs is None else ours.over(theirs)
 
 
 def equal_time_ratio(result: dict, row: dict) -> Estimate | None:
-    """The excess of a row over that of the baseline at equal seconds per image, between its NFE; None outside."""
+    """The excess of a row over that of the baseline at equal seconds per image, between its NFE; None outside, and for
+    itself."""
+    if row["label"] == result["settings"]["baseline"]:
+        return None
     points = [
         (other["seconds_per_image"], excess_of(result, other["label"], other["nfe"]))
         for other in result["rows"]

@@ -243,8 +243,7 @@ def test_only_what_is_missing_or_configured_otherwise_is_trained(elsewhere, tool
     elsewhere["entries"] = {**ENTRIES, "pixel-flow-matching": changed}
     run_comparison(Comparison(CompareConfig(**elsewhere)))
     assert trained == ["latent-dmmd-seed-1"] * 2 + ["pixel-flow-matching"] * 2  # milestone and end
-    said = capsys.readouterr().out
-    assert "what" in said and "training.learning_rate is 0.0005 (was 0.001)" in said
+    assert "holds another training: training.learning_rate is 0.0005 (was 0.001)" in capsys.readouterr().out
 
 
 def test_other_sets_of_a_finished_run_need_no_training(elsewhere, monkeypatch):
