@@ -18,5 +18,8 @@ def main(args: list[str] | None = None) -> None:
     for folder in (comparison.report_dir, comparison.export_dir):
         check_folder(folder)
     result = run_comparison(comparison)
+    if result is None:
+        print(f"finished, in {comparison.export_dir}: {', '.join(comparison.config.only) or 'seconds per step'}")
+        return
     print("\n".join(score_lines(result)))
     print(f"report: {write_report(comparison, result, command_line())}")

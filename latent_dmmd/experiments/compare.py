@@ -36,6 +36,8 @@ class CompareConfig:
         entries: Name to keys of `scripts/train_latent.py`, nested as in its YAML files. The objective's `teacher` may
             be another entry.
         include: The entries to compare, of those above; all if null.
+        only: Runs to finish, without a page, so that processes or machines share the work; of none, only seconds per
+            step are measured. All runs and the page if null.
         trained: Runs to load instead of training them: name of the entry, or ENTRY-seed-S, to folder of a pipeline.
         common: Keys that all entries share; of `objective`, those that an entry's method has.
         data: The data set with a name that entries are trained on, in the latents of its bundled autoencoder, where
@@ -72,6 +74,7 @@ class CompareConfig:
     output_dir: str = "runs/compare"
     entries: dict[str, dict] = field(default_factory=dict)
     include: list[str] | None = None
+    only: list[str] | None = None
     trained: dict[str, str] = field(default_factory=dict)
     common: dict = field(default_factory=dict)
     data: Literal["elpv", "openmoji"] = "elpv"
@@ -125,6 +128,10 @@ class CompareConfig:
         check(bool(self.nfe) and min(self.nfe) > 0, f"nfe must be positive numbers; got {self.nfe}")
         check(bool(self.seeds), "seeds must name at least one")
         check(all(0 < share < 1 for share in self.milestones), f"milestones must be in (0, 1); got {self.milestones}")
+        check(
+            self.only is None or not self.rebuild,
+            "only finishes runs, rebuild shows finished ones; give one of them",
+        )
         check(len(self.splits) == 2, f"splits must be two, such as [train, heldout]; got {self.splits}")
         rows = sum(len(numbers) for numbers in self.table.values())
         check(rows <= MAX_TABLE_ROWS, f"table must have at most {MAX_TABLE_ROWS} rows; got {rows}")
@@ -145,8 +152,9 @@ class CompareConfig:
         names = [run.name for run in self.runs]
         twice = [name for name in names if names.count(name) > 1]
         check(not twice, f"{', '.join(twice[:1])} is both an entry and a training seed of another; rename the entry")
-        unknown = [name for name in self.trained if name not in names]
-        check(not unknown, f"trained: {', '.join(unknown)} not among entries: {', '.join(names)}")
+        for key, given in (("trained", self.trained), ("only", self.only or ())):
+            unknown = [name for name in given if name not in names]
+            check(not unknown, f"{key}: {', '.join(unknown)} not among entries: {', '.join(names)}")
 
     def keep_included(self) -> None:
         """Leave out the entries that are not compared."""

@@ -111,11 +111,13 @@ def introduction(result: dict) -> str:
     budget += f", but for those loaded: {loaded}" if loaded else ""
     extractors = " and ".join(filter(None, (settings["extractor"], settings["second_extractor"])))
     machines = "; ".join(machine_text(machine) for machine in result["machines"])
+    seeds = len(settings["seeds"])
+    sampled = f"{seeds} sampling seeds, which are averaged" if seeds > 1 else "one sampling seed"
     small = " Fréchet distances of so few images are biased upwards." if settings["num_images"] < SMALL_BELOW else ""
     return f"""<p>{html.escape(budget)}, on <code>{html.escape(settings["training"])}</code>;
 {settings["num_images"]} generated images a set, {settings["batch_size"]} at most at once, against
 {settings["num_reference"]} of <code>{html.escape(settings["reference"])}</code>; features of
-{html.escape(extractors)}; {len(settings["seeds"])} sampling seeds, which are averaged; {ERRORS};
+{html.escape(extractors)}; {sampled}; {ERRORS};
 {html.escape(machines)}.{small}</p>"""
 
 

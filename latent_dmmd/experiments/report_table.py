@@ -2,7 +2,7 @@
 
 from latent_dmmd.experiments.compare import MAX_TABLE_ROWS
 from latent_dmmd.experiments.estimates import Estimate, estimate
-from latent_dmmd.experiments.grids import SHOWN_NFE
+from latent_dmmd.experiments.grids import shown_nfe
 from latent_dmmd.experiments.summary import excess_of, level_of
 
 TITLES = {"elpv": "ELPV photographs", "openmoji": "OpenMoji drawings"}
@@ -23,7 +23,8 @@ def table_rows(result: dict) -> list[dict]:
         found = {(row["label"], row["nfe"]): row for row in rows}
         return [found[key] for key in wanted if key in found]
     named = (settings["dmmd"], settings["baseline"])
-    first = [row for row in rows if row["entry"] in named and row["nfe"] in SHOWN_NFE]
+    usual = {row["label"]: shown_nfe([r["nfe"] for r in rows if r["label"] == row["label"]]) for row in rows}
+    first = [row for row in rows if row["entry"] in named and row["nfe"] in usual[row["label"]]]
     last = {row["label"]: row for row in rows if row["entry"] not in named}  # of each the largest NFE
     others = sorted(last.values(), key=lambda row: estimate(row["frechet_distance"]).mean)
     return [*first, *others][:MAX_TABLE_ROWS]

@@ -62,13 +62,17 @@ DECODED_AT_ONCE = 32
 Draw = Callable[[int, torch.Generator], Tensor]
 
 
-def run_comparison(comparison: Comparison) -> dict:
-    """All stages, or none with `rebuild`, and the results."""
+def run_comparison(comparison: Comparison) -> dict | None:
+    """All stages, or none with `rebuild`, and the results; with `only`, these runs and None."""
+    only = comparison.config.only
     if comparison.config.rebuild:
         return summarise(comparison)
     costs, scorer = measure_costs(comparison), Scorer(comparison)
     for run in comparison.runs:
-        finish_run(comparison, run, costs, scorer)
+        if only is None or run.name in only:
+            finish_run(comparison, run, costs, scorer)
+    if only is not None:
+        return None
     finish_gaussian(comparison, scorer)
     finish_real(comparison, scorer)
     measure_speed(comparison)

@@ -230,6 +230,20 @@ def test_what_is_half_written_is_passed_over(damage, elsewhere, no_work, capsys)
     assert row is None or len(row["frechet_distance"]) == 1
 
 
+def test_processes_share_the_runs(elsewhere, finished_once, monkeypatch):
+    """Each finishes its own, and none makes a page; the costs are measured once."""
+    export, trained = Comparison(CompareConfig(**elsewhere)).export_dir, []
+    monkeypatch.setattr(stages, "in_a_process", lambda function, *args: trained.append(function) or function(*args))
+    names = ["latent-dmmd-seed-1", "latent-flow-matching-seed-4"]
+    for name in names:
+        shutil.rmtree(export / name)
+    for name in names:
+        assert run_comparison(Comparison(CompareConfig(**{**elsewhere, "only": [name]}))) is None
+        assert (export / name / "scores.json").exists()
+    assert trained == [stages.train_and_measure] * 4
+    assert plain(run_comparison(Comparison(CompareConfig(**elsewhere)))["rows"]) == plain(finished_once[1]["rows"])
+
+
 def test_only_what_is_missing_or_configured_otherwise_is_trained(elsewhere, tools, monkeypatch, capsys):
     trained = []
 
@@ -271,6 +285,30 @@ def test_exports_are_in_float16_and_score_as_they_are(finished_once):
     sampling = dict(num_inference_steps=2, sampler="exact")
     images = torch.cat([stages.generate(lambda: pipe, sampling, 3, generator) for _ in range(2)])
     assert torch.equal(images, expected)
+
+
+def test_a_killed_comparison_goes_on_where_it_was(settings, monkeypatch):
+    settings |= {"include": ["latent-dmmd", "latent-flow-matching"], "training_seeds": {}, "nfe": [2], "seeds": [0]}
+    settings |= {"only": ["latent-flow-matching"], "num_steps": 4}
+    comparison, reached = Comparison(CompareConfig(**settings)), []
+
+    def killed(function, *args):
+        if function is stages.train_and_measure:
+            if len(reached) == 1:
+                raise KeyboardInterrupt
+            reached.append(args[0].training.num_steps)
+        return function(*args)
+
+    monkeypatch.setattr(stages, "in_a_process", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_comparison(comparison)
+    assert reached == [2] and not (comparison.export_dir / "latent-flow-matching").exists()
+
+    monkeypatch.setattr(stages, "in_a_process", lambda f, c: reached.append(c.training.num_steps) or f(c))
+    run_comparison(comparison)
+    assert reached == [2, 4]  # the milestone is not trained again, and the costs are not measured again
+    scores = json.loads((comparison.export_dir / "latent-flow-matching" / "scores.json").read_text())
+    assert [point["num_steps"] for point in scores["curve"]] == [2] and scores["num_steps"] == 4
 
 
 def test_more_steps_go_on(settings):
@@ -416,6 +454,8 @@ def test_perfect_latents_are_scored_at_the_same_number_and_in_both_directions(re
         ({"training_seeds": {"latent-dmmd": [1, 1]}}, "must be different numbers"),
         ({"training_seeds": {"latent-dmmd": [-1]}}, "must not be negative"),
         ({"entries": {**ENTRIES, "latent-dmmd-seed-1": {}}}, "latent-dmmd-seed-1 is both"),
+        ({"only": [], "rebuild": True}, "give one of them"),
+        ({"only": ["latent-dmmd"]}, "only: latent-dmmd not among entries: .*latent-dmmd-seed-0"),
         ({"trained": {"latent-dmmd": "elpv-dmmd"}}, "latent-dmmd not among entries: .*latent-dmmd-seed-0"),
     ],
 )

@@ -184,6 +184,8 @@ def test_the_table_has_at_most_eight_rows(comparison):
     rows = table_rows(result)
     assert len(rows) == 8
     assert [row["nfe"] for row in rows[:6]] == [10, 100] * 3  # of the two that the comparison is about
+    odd = {**result, "rows": [{**row, "nfe": row["nfe"] + 1} for row in result["rows"]]}
+    assert table_rows(odd)[0]["label"] == "latent-dmmd exact" and table_rows(odd)[0]["nfe"] == 101
     lines = markdown_table([result]).splitlines()
     header, *cells = [line.strip("|").split("|") for line in lines if line.startswith("| ")]
     assert len(cells) == 8 and all(len(line) == len(header) for line in cells)
