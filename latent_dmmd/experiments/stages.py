@@ -1,94 +1,220 @@
-"""The stages of a comparison: each leaves files in its folder and is skipped where these are there.
+"""The stages of a comparison: each leaves files and is skipped where these are there.
 
-A killed comparison goes on where it was:
+A killed comparison goes on where it was. In the comparison's folder:
+
+    train_run         runs/RUN/               the run folder, and its pipeline in float16, which is what is sampled
+    make_sets         samples/…               features of the generated images, and the first images
+    Scorer.real       real-….safetensors      features of held-out and training images and of reconstructions
+
+In the export folder, from which another machine goes on (`exports.py`):
 
     measure_costs     costs.json              seconds of a training step of each entry, measured in turns
-    train_entries     entries/NAME.yaml       the configuration of each entry, for `scripts/train_latent.py --config`
-                      runs/NAME/              its run folder
-    generate_sets     samples/…               features of the generated images, and the first images
-    score_sets        real.safetensors        features of held-out and training images and of reconstructions
+    finish_run        RUN/                    scores, pipeline and images
+    finish_gaussian   gaussian/               the same of the fitted Gaussian
+    finish_real       real/                   scores of real and of reconstructed images
     measure_speed     speed.json              seconds of one NFE per image, measured in turns
 
-`summary.py` makes the results of them without further work, and `report.py` the page. Training time is steps times
+`summary.py` makes the results of the export folder alone, and `report.py` the page. Training time is steps times
 measured seconds per step: other work on the machine leaves its mark on the wall clock.
 """
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache as cached
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import Subset
-from torch_fidelity import FeatureExtractorBase
 
 from latent_dmmd.baselines import GaussianFit
 from latent_dmmd.data.autoencoder import load_autoencoder, standardise
-from latent_dmmd.data.sources import load_images
-from latent_dmmd.experiments.compare import GAUSSIAN, CompareConfig, Comparison
-from latent_dmmd.experiments.summary import summarise
-from latent_dmmd.experiments.workers import in_a_process, sampling_costs, step_costs, train_and_measure
-from latent_dmmd.latent_pipeline import FlowOptions, LatentPipeline
-from latent_dmmd.metrics.extractors import (
-    CheckedImages,
-    Reconstructions,
-    extract_features,
-    load_extractor,
+from latent_dmmd.experiments.compare import GAUSSIAN, Comparison, Run, Sets, merged
+from latent_dmmd.experiments.exports import (
+    finished,
+    first_run,
+    holds_sets,
+    pipeline_of,
+    read_finished,
+    read_measured,
+    save_grids,
+    save_half,
+    scored_as,
+    write_finished,
+    write_run,
 )
-from latent_dmmd.metrics.scores import memorised_share, score_features
+from latent_dmmd.experiments.grids import NUM_IMAGES, image_grid, nearest_grid, shown_nfe
+from latent_dmmd.experiments.scoring import Scorer
+from latent_dmmd.experiments.summary import summarise
+from latent_dmmd.experiments.workers import in_a_process, machine, sampling_costs, step_costs, train_and_measure
+from latent_dmmd.latent_pipeline import FlowOptions, LatentPipeline
+from latent_dmmd.methods.flow_matching import FlowMatchingConfig
 from latent_dmmd.pipeline import load_pipeline
-from latent_dmmd.training.config import save_config
+from latent_dmmd.training.config import Config
 from latent_dmmd.training.setup import load_particles
-from latent_dmmd.utils.files import write_aside, write_json
+from latent_dmmd.utils.files import write_json
 from latent_dmmd.utils.images import to_uint8
 from latent_dmmd.utils.process import default_device
 
-NUM_SHOWN = 32
+DECODED_AT_ONCE = 32
+Draw = Callable[[int, torch.Generator], Tensor]
+
+
+def run_comparison(comparison: Comparison) -> dict | None:
+    """All stages, or none with `rebuild`, and the results; with `only`, these runs and None."""
+    only = comparison.config.only
+    if comparison.config.rebuild:
+        return summarise(comparison)
+    costs, scorer = measure_costs(comparison), Scorer(comparison)
+    for run in comparison.runs:
+        if only is None or run.name in only:
+            finish_run(comparison, run, costs, scorer)
+    if only is not None:
+        return None
+    finish_gaussian(comparison, scorer)
+    finish_real(comparison, scorer)
+    measure_speed(comparison)
+    return summarise(comparison)
 
 
 def measure_costs(comparison: Comparison) -> dict[str, dict]:
-    """Seconds and parameters of a training step of every entry to train, measured in turns, once."""
-    path = comparison.folder / "costs.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    if not set(comparison.to_train) <= set(known):
+    """Seconds and parameters of a training step of every entry, measured in turns, once; as given if they are.
+
+    Nothing is measured where no run is left to train. Raises ConfigError if a given file lacks an entry.
+    """
+    path, given = comparison.export_dir / "costs.json", comparison.config.costs
+    names = list(dict.fromkeys(run.entry for run in comparison.to_train))
+    if not names:
+        return {}
+    if given is not None:
+        known = read_measured(Path(given), names, given=True)
+        write_json(path, known)
+        return known
+    known = read_measured(path, names, given=False)
+    if known is None and all(finished(comparison, run) for run in comparison.to_train):
+        return {}
+    if known is None:
         # all of them again: only figures of one measurement are compared
-        known = in_a_process(step_costs, {name: comparison.entries[name] for name in comparison.to_train})
+        known = in_a_process(step_costs, {name: cost_config(comparison, name) for name in names})
         write_json(path, known)
     return known
 
 
-def train_entries(comparison: Comparison, costs: dict[str, dict]) -> None:
-    """Train every entry to train to its number of steps, each in a process of its own."""
-    for name, steps in comparison.num_steps(costs).items():
-        config = comparison.entry(name, steps)
-        record = comparison.folder / "runs" / name / "trained.json"
-        if record.exists() and json.loads(record.read_text())["num_steps"] == steps:
+def cost_config(comparison: Comparison, entry: str) -> Config:
+    """The configuration whose steps are measured: flow matching for an entry whose teacher is not trained yet, which
+    passes as many particles through the same network."""
+    config = comparison.entries[entry]
+    return config if comparison.teacher(entry) is None else replace(config, objective=FlowMatchingConfig())
+
+
+def finish_run(comparison: Comparison, run: Run, costs: dict[str, dict], scorer: Scorer) -> None:
+    """Train, sample and score a run, and leave what others need of it. What it left before is not done again."""
+    found, loaded = finished(comparison, run), run.name in comparison.config.trained
+    asked = [(sets.label, *key) for sets in comparison.sets(run, "") for key in sets.files]
+    if holds_sets(comparison, found, asked):
+        return
+    facts, folder = obtain(comparison, run, found, costs, scorer)
+    all_sets = comparison.sets(run, "trained" if loaded else f"{facts['num_steps']}-steps")
+    scored = make_sets(scorer, run.name, all_sets, drawing(folder), str(folder) if loaded else run.name)
+    is_first = run == first_run(comparison, run.entry)
+    grids, images = show_sets(comparison, scorer, run.entry, all_sets) if is_first else ({}, [])
+    scores = {"name": run.name, "entry": run.entry, "training_seed": run.seed, "machine": machine(), **facts}
+    scores |= {"scored": scored_as(comparison), "sets": scored, "images": images}
+    write_run(comparison, run, scores, None if loaded else folder, grids)
+
+
+def obtain(
+    comparison: Comparison, run: Run, found: dict | None, costs: dict[str, dict], scorer: Scorer
+) -> tuple[dict, Path | str]:
+    """Facts and pipeline of a run: loaded, as it left them where other sets are asked for, or trained."""
+    if run.name in comparison.config.trained:
+        return {"trained": comparison.config.trained[run.name]}, pipeline_of(comparison, run)
+    if found is not None:
+        names = ("trained", "budget", "num_steps", "entry_facts", "curve", "machine")
+        return {name: found[name] for name in names}, pipeline_of(comparison, run)
+    return train_run(comparison, run, costs, scorer)
+
+
+def train_run(comparison: Comparison, run: Run, costs: dict[str, dict], scorer: Scorer) -> tuple[dict, Path]:
+    """Train a run to its number of steps, with a stop at every milestone; its facts and its pipeline in float16."""
+    config, cost = comparison.config, costs[run.entry]
+    steps, source = comparison.num_steps(costs)[run.entry], comparison.run_folder(run) / "half"
+    curve = []
+    for share in (*sorted(config.milestones), 1):
+        reached = max(1, round(share * steps))
+        if not train_to(comparison, run, reached, steps):
+            print(f"{run.name}: no scores at {reached} steps, which it has passed")
             continue
-        print(f"{name}: training, {steps} steps")
-        (comparison.folder / "entries").mkdir(parents=True, exist_ok=True)
-        save_config(config, comparison.folder / "entries" / f"{name}.yaml")
-        peak_mb = in_a_process(train_and_measure, config)
-        write_json(record, {"num_steps": steps, "peak_mb": peak_mb})
+        if share < 1:
+            sets = comparison.sets(run, f"{reached}-steps", milestone=True)
+            scored = make_sets(scorer, run.name, sets, drawing(source), run.name)
+            minutes = reached * cost["seconds"] / 60
+            curve += [{**row, "num_steps": reached, "minutes": minutes} for row in scored]
+    record = json.loads((comparison.run_folder(run) / "trained.json").read_text())
+    facts = {
+        "num_parameters": cost["num_parameters"],
+        "num_steps": steps,
+        "seconds_per_step": cost["seconds"],
+        "training_minutes": steps * cost["seconds"] / 60,
+        "peak_mb": record["peak_mb"],
+        "keys": merged(config.common, config.entries[run.entry]),
+    }
+    budget = {"minutes": config.minutes, "num_steps": config.num_steps}
+    made = {"trained": None, "budget": budget, "num_steps": steps, "entry_facts": facts, "curve": curve}
+    return made, source
 
 
-def generate_sets(comparison: Comparison, costs: dict[str, dict]) -> dict[str, dict[tuple[int, int], Path]]:
-    """Generate the sets that are missing, and extract their features; the files of all."""
-    config, files = comparison.config, comparison.set_files(comparison.num_steps(costs))
-    net = cached(partial(load_extractor, config.extractor))
-    for name in config.entries:
-        pipe = cached(partial(load_for_sets, comparison.pipeline_folder(name)))
-        for label, options in comparison.ways(name).items():
-            for (nfe, seed), path in files[label].items():
-                draw = partial(generate, pipe, {"num_inference_steps": nfe, **options})
-                make_set(config, net, path, f"{label}, {nfe} NFE", seed, draw, config.trained.get(name))
-    gaussian = cached(partial(fit_gaussian, comparison))
-    for (_, seed), path in files[GAUSSIAN].items():
-        make_set(config, net, path, GAUSSIAN, seed, lambda n, generator: gaussian()(n, generator))
-    return files
+def train_to(comparison: Comparison, run: Run, reached: int, last: int) -> bool:
+    """Train a run to a number of steps, in a process of its own; false if it has passed it without its sets."""
+    path = comparison.run_folder(run) / "trained.json"
+    record = json.loads(path.read_text()) if path.exists() else {"num_steps": 0, "peak_mb": 0}
+    if record["num_steps"] > reached:
+        sets = comparison.sets(run, f"{reached}-steps", milestone=True)
+        return all(file.exists() for each in sets for file in each.files.values())
+    if record["num_steps"] < reached:
+        print(f"{run.name}: training to {reached} of {last} steps")
+        peak_mb = in_a_process(train_and_measure, training_config(comparison, run, reached))
+        save_half(comparison.run_folder(run) / "pipeline", comparison.run_folder(run) / "half")
+        write_json(path, {"num_steps": reached, "peak_mb": max(record["peak_mb"] or 0, peak_mb or 0)})
+    return True
+
+
+def training_config(comparison: Comparison, run: Run, num_steps: int) -> Config:
+    """The configuration that a run is trained by; a teacher that is an entry is the folder of its first run."""
+    config, teacher = comparison.config_of(run, num_steps), comparison.teacher(run.entry)
+    if teacher is None:
+        return config
+    return replace(config, objective=replace(config.objective, teacher=str(pipeline_of(comparison, teacher))))
+
+
+def make_sets(
+    scorer: Scorer, name: str, all_sets: list[Sets], draw_of: Callable[[int, dict], Draw], made_of: str
+) -> list[dict]:
+    """Generate the sets of a run that are missing, and score them all; one row each.
+
+    Args:
+        scorer: What scores them.
+        name: The run.
+        all_sets: The sets.
+        draw_of: From NFE and options of the pipeline's call to what draws images.
+        made_of: The pipeline.
+    """
+    rows = []
+    for sets in all_sets:
+        for (nfe, seed), path in sets.files.items():
+            scorer.make_set(path, f"{name}: {sets.label}, {nfe} NFE", seed, draw_of(nfe, sets.options), made_of)
+            scores, *second = scorer.score_set(path)
+            row = {"label": sets.label, "nfe": nfe, "seed": seed, "scores": scores}
+            rows.append(row | ({"second": second[0]} if second else {}))
+    return rows
+
+
+def drawing(folder: Path | str) -> Callable[[int, dict], Draw]:
+    """What draws images by the pipeline of a folder, for each NFE and options; it is loaded when it is needed."""
+    pipe = cached(partial(load_for_sets, folder))
+    return lambda nfe, options: partial(generate, pipe, {"num_inference_steps": nfe, **options})
 
 
 def load_for_sets(folder: Path | str) -> LatentPipeline:
@@ -99,115 +225,83 @@ def load_for_sets(folder: Path | str) -> LatentPipeline:
 
 
 def generate(pipe: Callable[[], LatentPipeline], sampling: dict, n: int, generator: torch.Generator) -> Tensor:
-    """Images in [0, 1], with shape (n, 3, R, R)."""
-    return pipe()(n, generator=generator, output_type="pt", **sampling).images
+    """Images, uint8 with shape (n, 3, R, R)."""
+    return decode(pipe(), pipe()(n, generator=generator, output_type="latent", **sampling).images)
 
 
-def fit_gaussian(comparison: Comparison) -> Callable[[int, torch.Generator], Tensor]:
-    """A sampler of images from the Gaussian fitted to the training latents."""
-    name = comparison.config.dmmd
-    pipe = load_pipeline(comparison.pipeline_folder(name))
-    cache = load_particles(pipe.vae, comparison.load_images(comparison.training_data), comparison.entries[name])
-    fit = GaussianFit(standardise(cache.mean[:, 0], cache.channel_mean, cache.channel_std))
-    return lambda n, generator: pipe.decode(fit.draw(n, generator).to(pipe.device), "pt")
+def decode(pipe: LatentPipeline, z: Tensor) -> Tensor:
+    """uint8 images (n, 3, R, R) of standardised particles, few at a time: decoding takes the most memory."""
+    return torch.cat([to_uint8(pipe.decode_to_pixels(chunk)).cpu() for chunk in z.split(DECODED_AT_ONCE)])
 
 
-def make_set(
-    config: CompareConfig,
-    net: Callable[[], FeatureExtractorBase],
-    path: Path,
-    label: str,
-    seed: int,
-    draw: Callable[[int, torch.Generator], Tensor],
-    pipeline: str | None = None,
-) -> None:
-    """Features of generated images, and the first images, in a file.
+def show_sets(comparison: Comparison, scorer: Scorer, entry: str, all_sets: list[Sets]) -> tuple[dict, list[dict]]:
+    """The grids of an entry's sets by file name, and what each shows: the first images, and those nearest to a
+    training image for the entries that are held against each other."""
+    grids, shown = {}, []
+    for sets in all_sets:
+        numbers = shown_nfe([nfe for nfe, _ in sets.files])
+        for nfe in numbers:
+            path = next(path for key, path in sets.files.items() if key[0] == nfe)
+            slug = f"{sets.label}-{nfe}".replace(" ", "-")
+            grids[f"{slug}.webp"] = image_grid(load_file(path)["images"])
+            shown.append({"kind": "grid", "label": sets.label, "nfe": nfe, "file": f"{slug}.webp"})
+            if nfe == max(numbers) and entry in (comparison.config.dmmd, comparison.config.baseline):
+                training = comparison.load_images(comparison.training_data)
+                grids[f"{slug}-nearest.webp"] = nearest_grid(path, scorer.real[0]["training"], training)
+                shown.append({"kind": "nearest", "label": sets.label, "nfe": nfe, "file": f"{slug}-nearest.webp"})
+    return grids, shown
 
-    Nothing is done if the file holds as many images, of the same loaded pipeline, seen by the same network.
-    """
-    made_for = {"num_images": str(config.num_images), "extractor": config.extractor}
-    if pipeline is not None:
-        made_for["pipeline"] = pipeline
-    if holds(path, made_for):
+
+def finish_gaussian(comparison: Comparison, scorer: Scorer) -> None:
+    """Sample and score the Gaussian that is fitted to the training latents."""
+    folder, sets = comparison.export_dir / GAUSSIAN, comparison.gaussian_sets()
+    if holds_sets(comparison, read_finished(folder), [(GAUSSIAN, *key) for key in sets.files]):
         return
-    print(f"{label}, seed {seed}: {config.num_images} images")
-    images = draw(config.num_images, torch.Generator().manual_seed(seed))
-    images_uint8 = to_uint8(images.cpu() * 2 - 1)
-    features, _ = extract_features(CheckedImages(images_uint8, label), net())
-    tensors = {"features": features, "images": images_uint8[:NUM_SHOWN].contiguous()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_aside(path, partial(save_file, tensors, metadata=made_for))
+    fitted = cached(partial(fit_gaussian, comparison))
+    scored = make_sets(scorer, GAUSSIAN, [sets], lambda *_: lambda n, generator: fitted()(n, generator), GAUSSIAN)
+    grids, shown = show_sets(comparison, scorer, GAUSSIAN, [sets])
+    scores = {"name": GAUSSIAN, "scored": scored_as(comparison), "sets": scored, "images": shown}
+    write_finished(folder, scores, lambda aside: save_grids(grids, aside))
 
 
-def holds(path: Path, made_for: dict[str, str]) -> bool:
-    """Whether a file of tensors is there and was made for these settings."""
-    if not path.exists():
-        return False
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-    return all(metadata.get(name) == value for name, value in made_for.items())
+def fit_gaussian(comparison: Comparison) -> Draw:
+    """A sampler of uint8 images from the Gaussian fitted to the training latents."""
+    name = comparison.config.dmmd
+    pipe = load_pipeline(pipeline_of(comparison, first_run(comparison, name)))
+    config = comparison.entries[name]
+    vae = load_autoencoder(config.autoencoder.name_or_path, default_device())  # not rounded: its latents are encoded
+    cache = load_particles(vae, comparison.load_images(comparison.training_data), config)
+    fit = GaussianFit(standardise(cache.mean[:, 0], cache.channel_mean, cache.channel_std))
+    return lambda n, generator: decode(pipe, fit.draw(n, generator).to(pipe.device))
 
 
-def real_features(comparison: Comparison) -> dict[str, Tensor]:
-    """Features of real images: `training`, `reference`, and these through the autoencoder (`reconstructions`), and as
-    many training images through it as are generated (`reconstructed_training`); extracted where they are missing."""
-    config, entry = comparison.config, comparison.entries[comparison.config.dmmd]
-    path = comparison.folder / "real.safetensors"
-    made_for = {name: str(getattr(config, name)) for name in ("num_images", "extractor", "reference")}
-    made_for |= {"training": comparison.training_data, "autoencoder": entry.autoencoder.name_or_path}
-    if not holds(path, made_for):
-        training, reference = (
-            CheckedImages(load_images(name, entry.data.resolution), name)
-            for name in (comparison.training_data, config.reference)
-        )
-        order = torch.randperm(len(training), generator=torch.Generator().manual_seed(0), device="cpu").tolist()
-        vae = load_autoencoder(entry.autoencoder.name_or_path, default_device())
-        sets = {
-            "training": training,
-            "reference": reference,
-            "reconstructions": Reconstructions(vae, reference),
-            "reconstructed_training": Reconstructions(vae, Subset(training, order[: config.num_images])),
-        }
-        tensors, net = {}, load_extractor(config.extractor)
-        for name, images in sets.items():
-            print(f"features of real images: {name}, {len(images)}")
-            tensors[name] = extract_features(images, net)[0]
-        write_aside(path, partial(save_file, tensors, metadata=made_for))
-    return load_file(path)
-
-
-def score_sets(
-    files: dict[str, dict[tuple[int, int], Path]], real: dict[str, Tensor]
-) -> dict[str, dict[int, dict[str, list[float]]]]:
-    """Scores of the generated sets: label to NFE to score to a list over seeds."""
-    scores = {}
-    for label, sets in files.items():
-        for (nfe, _), path in sets.items():
-            features = load_file(path)["features"]
-            score = score_features(features, real["reference"])
-            score |= {"memorised_share": memorised_share(features, real["training"], real["reference"])}
-            of = scores.setdefault(label, {}).setdefault(nfe, {name: [] for name in score})
-            for name, value in score.items():
-                of[name].append(value)
-    return scores
+def finish_real(comparison: Comparison, scorer: Scorer) -> None:
+    """Score real and reconstructed images, and leave some held-out ones to be shown."""
+    folder, found = comparison.export_dir / "real", read_finished(comparison.export_dir / "real")
+    if found is not None and found.get("scored") == scored_as(comparison):
+        return
+    reference = comparison.load_images(comparison.config.reference)
+    counts = {name: len(scorer.real[0][name]) for name in ("reference", "training")}
+    grids = {"heldout.webp": image_grid(reference.examples(NUM_IMAGES, seed=0))}
+    shown = [{"kind": "grid", "label": "held-out images", "nfe": 0, "file": "heldout.webp"}]
+    scores = {"scored": scored_as(comparison), "counts": counts, "context": scorer.context(), "images": shown}
+    write_finished(folder, scores, lambda aside: save_grids(grids, aside))
 
 
 def measure_speed(comparison: Comparison) -> dict[str, dict]:
-    """Seconds of one NFE per image, without decoding, for every label, and of decoding one; measured in turns."""
-    path, entries = comparison.folder / "speed.json", comparison.config.entries
-    known = json.loads(path.read_text()) if path.exists() else {}
+    """Seconds of one NFE per image, without decoding, for every label, and of decoding one; measured in turns, once,
+    or as given."""
+    path, given = comparison.export_dir / "speed.json", comparison.config.speed
+    entries = comparison.config.entries
     ways = {label: (name, options) for name in entries for label, options in comparison.ways(name).items()}
-    if not {*ways, "decode"} <= set(known):
+    if given is not None:
+        known = read_measured(Path(given), [*ways, "decode"], given=True)
+        write_json(path, known)
+        return known
+    known = read_measured(path, [*ways, "decode"], given=False)
+    if known is None:
         # all of them again: only figures of one measurement are compared
-        folders = {name: comparison.pipeline_folder(name) for name in entries}
+        folders = {name: pipeline_of(comparison, first_run(comparison, name)) for name in entries}
         known = in_a_process(sampling_costs, folders, ways, comparison.config.dmmd)
         write_json(path, known)
     return known
-
-
-def run_comparison(comparison: Comparison) -> dict:
-    """All stages, and the results."""
-    costs = measure_costs(comparison)
-    train_entries(comparison, costs)
-    files, real = generate_sets(comparison, costs), real_features(comparison)
-    return summarise(comparison, costs, score_sets(files, real), real, measure_speed(comparison))

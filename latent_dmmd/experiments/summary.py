@@ -1,113 +1,214 @@
-"""The results of a comparison as plain values, made of what its stages measured."""
+"""The results of a comparison as plain values, made of what its finished runs left."""
 
-import json
 import statistics
+from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from latent_dmmd.experiments.compare import GAUSSIAN, MATCHED_FACTOR, MATCHED_UP_TO, Comparison, merged
-from latent_dmmd.experiments.workers import machine
-from latent_dmmd.metrics.extractors import (
-    EXTRACTORS,
-)
-from latent_dmmd.metrics.scores import frechet_distance
+from latent_dmmd.experiments.compare import GAUSSIAN, MATCHED_FACTOR, MATCHED_UP_TO, Comparison
+from latent_dmmd.experiments.estimates import Estimate, estimate, interpolated
+from latent_dmmd.experiments.exports import finished, read_finished, read_measured, scored_as
+from latent_dmmd.metrics.extractors import EXTRACTORS
+from latent_dmmd.utils.errors import ConfigError
 
 
-def seconds_per_image(comparison: Comparison, label: str, nfe: int, speed: dict[str, dict]) -> float:
-    """What an image takes by these speeds, decoding included."""
-    on_pixels = [name for name, entry in comparison.entries.items() if entry.autoencoder.name_or_path is None]
-    decoding = 0 if any(label in comparison.ways(name) for name in on_pixels) else speed["decode"]["seconds"]
-    return decoding + (nfe * speed[label]["seconds"] if label != GAUSSIAN else 0)
+def summarise(comparison: Comparison) -> dict:
+    """Everything that the report shows, but for the images, as plain values.
 
-
-def summarise(
-    comparison: Comparison,
-    costs: dict[str, dict],
-    scores: dict[str, dict[int, dict[str, list[float]]]],
-    real: dict[str, Tensor],
-    speed: dict[str, dict],
-) -> dict:
-    """Everything that the report shows, but for the images, as plain values."""
-    config, steps, entries = comparison.config, comparison.num_steps(costs), {}
-    for name in comparison.to_train:
-        record = json.loads((comparison.folder / "runs" / name / "trained.json").read_text())
-        entries[name] = {
-            "num_parameters": costs[name]["num_parameters"],
-            "num_steps": steps[name],
-            "seconds_per_step": costs[name]["seconds"],
-            "training_minutes": steps[name] * costs[name]["seconds"] / 60,
-            "peak_mb": record["peak_mb"],
-            "keys": merged(config.common, config.entries[name]),
-        }
-    rows = []
-    for label, by_nfe in scores.items():
-        for nfe, score in sorted(by_nfe.items()):
-            seconds = seconds_per_image(comparison, label, nfe, speed)
-            rows.append({"label": label, "nfe": nfe, "seconds_per_image": seconds, **score})
-    order = torch.randperm(len(real["training"]), generator=torch.Generator().manual_seed(0), device="cpu")
-    n, m, half = config.num_images, len(real["reference"]), len(order) // 2
-    floor = real["training"][order[: min(n, half)]], real["training"][order[-min(m, half) :]]
+    Raises ConfigError if nothing is finished that could be shown.
+    """
+    folder, config = comparison.export_dir, comparison.config
+    real, found = read_finished(folder / "real"), finished_runs(comparison)
+    if real is None or real.get("scored") != scored_as(comparison) or not found:
+        raise ConfigError(f"{folder} holds no finished run of this comparison; run it without --rebuild first")
+    given = [Path(config.speed)] if config.speed else []
+    speeds = (read_measured(path, [], given=False) for path in (*given, folder / "speed.json"))
+    speed = next((seconds for seconds in speeds if seconds), {})
+    rows = score_rows(comparison, found, speed)
+    context = real["context"][config.extractor]
     result = {
-        "settings": {
-            "num_images": n,
-            "num_reference": m,
-            "num_training": len(real["training"]),
-            "reference": config.reference,
-            "extractor": config.extractor,
-            "distance": EXTRACTORS[config.extractor].distance_name,
-            "seeds": config.seeds,
-            "minutes": config.minutes,
-            "steps": config.num_steps,
-            "dmmd": config.dmmd,
-            "baseline": config.baseline,
-            "pixel": config.pixel,
-            "trained": config.trained,
-        },
-        "machine": machine(),
-        "floor_distance": frechet_distance(*floor),
-        "reconstruction_distance": frechet_distance(real["reconstructions"], real["reference"]),
-        "reconstructed_training_distance": frechet_distance(real["reconstructed_training"], real["reference"]),
-        "entries": entries,
+        "settings": settings(comparison, real["counts"]),
+        "machine": found[0].get("machine") or {},
+        "machines": distinct([scores["machine"] for scores in found if scores.get("machine")]),
+        "floor_distance": context["floor_distance"],
+        "reconstruction_distance": context["reconstruction_distance"],
+        "reconstructed_training_distance": context["reconstructed_training"]["frechet_distance"],
+        "context": real["context"],
+        "entries": {s["entry"]: s["entry_facts"] for s in reversed(found) if "entry_facts" in s},
         "rows": rows,
+        "curves": curves(found, rows, config.milestone_nfe),
         "speed": speed,
+        "images": [
+            {**image, "file": f"{name}/{image['file']}"}
+            for name, scores in [("real", real), *((s["name"], s) for s in found)]
+            for image in scores["images"]
+        ],
     }
+    result["entries"] = {name: result["entries"][name] for name in config.entries if name in result["entries"]}
     return result | {"ratios": ratios(result)}
 
 
-def mean_of(result: dict, label: str, nfe: int, name: str = "frechet_distance") -> float | None:
-    """The mean over seeds of a score; None if there is no such row."""
+def settings(comparison: Comparison, counts: dict[str, int]) -> dict:
+    """What the report says of how sets were made and scored."""
+    config = comparison.config
+    copied = (
+        "num_images batch_size reference extractor second_extractor seeds minutes dmmd baseline pixel pixel_baseline"
+        " milestone_nfe trained table"
+    )
+    return {name: getattr(config, name) for name in copied.split()} | {
+        "name": config.data,
+        "training": comparison.training_data,
+        "num_reference": counts["reference"],
+        "num_training": counts["training"],
+        "distance": EXTRACTORS[config.extractor].distance_name,
+        "second_distance": config.second_extractor and EXTRACTORS[config.second_extractor].distance_name,
+        "steps": config.num_steps,
+    }
+
+
+def finished_runs(comparison: Comparison) -> list[dict]:
+    """What the finished runs left, in the order of entries and seeds; of the others it says that they are left out."""
+    found = []
+    for run in comparison.config.runs:
+        scores = finished(comparison, run)
+        if scores is None or scores.get("scored") != scored_as(comparison):
+            print(f"{run.name}: {'scored otherwise' if scores else 'not finished'}, left out")
+        else:
+            found.append(scores)
+    gaussian = read_finished(comparison.export_dir / GAUSSIAN)
+    if found and gaussian is not None and gaussian.get("scored") == scored_as(comparison):
+        found.append({**gaussian, "entry": GAUSSIAN})
+    return found
+
+
+def distinct(values: list) -> list:
+    """The different ones of some values, in their order."""
+    return [value for i, value in enumerate(values) if value not in values[:i]]
+
+
+def over_seeds(rows: list[dict], key: str = "scores") -> dict[str, float]:
+    """Means of the scores of a run over sampling seeds."""
+    return {name: statistics.fmean(row[key][name] for row in rows) for name in rows[0][key]}
+
+
+def over_runs(scores: list[dict[str, float]]) -> dict[str, list[float]]:
+    """Lists over runs, one value of each training seed."""
+    return {name: [score[name] for score in scores] for name in scores[0]}
+
+
+def score_rows(comparison: Comparison, found: list[dict], speed: dict[str, dict]) -> list[dict]:
+    """One row for each way of sampling and NFE: its scores are lists over training seeds, of means over sampling seeds;
+    under `second` those by the second extractor."""
+    rows = []
+    for label, nfe in distinct([(s["label"], s["nfe"]) for scores in found for s in scores["sets"]]):
+        of_runs = [[s for s in scores["sets"] if (s["label"], s["nfe"]) == (label, nfe)] for scores in found]
+        of_runs = [sets for sets in of_runs if sets]
+        entry = next(scores["entry"] for scores in found if any(s["label"] == label for s in scores["sets"]))
+        row = {"label": label, "entry": entry, "nfe": nfe, "num_sampling_seeds": max(map(len, of_runs))}
+        row["seconds_per_image"] = seconds_per_image(comparison, entry, label, nfe, speed)
+        row |= over_runs([over_seeds(sets) for sets in of_runs])
+        if "second" in of_runs[0][0]:
+            row["second"] = over_runs([over_seeds(sets, "second") for sets in of_runs])
+        rows.append(row)
+    order = list(dict.fromkeys(row["label"] for row in rows))
+    return sorted(rows, key=lambda row: (order.index(row["label"]), row["nfe"]))
+
+
+def seconds_per_image(comparison: Comparison, entry: str, label: str, nfe: int, speed: dict[str, dict]) -> float | None:
+    """What an image takes by these speeds, decoding included; None where they were not measured."""
+    on_pixels = entry != GAUSSIAN and comparison.entries[entry].autoencoder.name_or_path is None
+    needed = [] if entry == GAUSSIAN else [(label, nfe)]
+    needed += [] if on_pixels else [("decode", 1)]
+    if any(name not in speed for name, _ in needed):
+        return None
+    return sum(times * speed[name]["seconds"] for name, times in needed)
+
+
+def curves(found: list[dict], rows: list[dict], milestone_nfe: int) -> list[dict]:
+    """Distances over training minutes: at the milestones, and at the end where the same NFE was scored."""
+    points = [{**point, "entry": scores["entry"]} for scores in found for point in scores.get("curve") or []]
+    facts = {scores["entry"]: scores["entry_facts"] for scores in found if "entry_facts" in scores}
+    result = []
+    for label, steps in distinct([(point["label"], point["num_steps"]) for point in points]):
+        same = [point for point in points if (point["label"], point["num_steps"]) == (label, steps)]
+        values = over_runs([point["scores"] for point in same])
+        result.append({"label": label, "nfe": same[0]["nfe"], "minutes": same[0]["minutes"], **values})
+    for row in rows:
+        if row["entry"] in facts and row["nfe"] == milestone_nfe and any(c["label"] == row["label"] for c in result):
+            minutes = facts[row["entry"]]["training_minutes"]
+            result.append({name: row[name] for name in ("label", "nfe", "frechet_distance")} | {"minutes": minutes})
+    return result
+
+
+def score_of(result: dict, label: str, nfe: int, name: str = "frechet_distance", space: str = "") -> Estimate | None:
+    """A score over training seeds; None if there is no such row. `space` "second" is the second extractor's."""
     for row in result["rows"]:
         if row["label"] == label and row["nfe"] == nfe:
-            return statistics.fmean(row[name])
+            scores = row[space] if space else row
+            return estimate(scores[name])
     return None
 
 
-def ratios(result: dict) -> dict[str, float]:
-    """The ratios that the comparison is about, by what each is; those of sets that are not there are left out."""
-    settings, reconstruction = result["settings"], result["reconstruction_distance"]
+def level_of(result: dict, space: str = "", name: str = "frechet_distance") -> float:
+    """The distance of reconstructed training images: what perfect latents would score."""
+    extractor = result["settings"]["second_extractor" if space else "extractor"]
+    return result["context"][extractor]["reconstructed_training"][name]
+
+
+def excess_of(result: dict, label: str, nfe: int, space: str = "") -> Estimate | None:
+    """The distance above that of reconstructed training images; None if there is no such row."""
+    distance = score_of(result, label, nfe, space=space)
+    return None if distance is None else distance.above(level_of(result, space))
+
+
+def excess_ratio(result: dict, row: dict, space: str = "") -> Estimate | None:
+    """The excess of a row over that of the baseline at the same NFE; None if there is none, and for itself."""
+    if row["label"] == result["settings"]["baseline"]:
+        return None
+    ours = excess_of(result, row["label"], row["nfe"], space)
+    theirs = excess_of(result, result["settings"]["baseline"], row["nfe"], space)
+    return None if theirs is None else ours.over(theirs)
+
+
+def equal_time_ratio(result: dict, row: dict) -> Estimate | None:
+    """The excess of a row over that of the baseline at equal seconds per image, between its NFE; None outside, and for
+    itself."""
+    if row["label"] == result["settings"]["baseline"]:
+        return None
+    points = [
+        (other["seconds_per_image"], excess_of(result, other["label"], other["nfe"]))
+        for other in result["rows"]
+        if other["label"] == result["settings"]["baseline"] and other["seconds_per_image"]
+    ]
+    theirs = interpolated(points, row["seconds_per_image"]) if row["seconds_per_image"] else None
+    return None if theirs is None else excess_of(result, row["label"], row["nfe"]).over(theirs)
+
+
+def ratios(result: dict) -> dict[str, dict[str, float | None]]:
+    """The ratios that the comparison is about, `mean` and `error` by what each is; without missing sets."""
+    settings, found = result["settings"], {}
     exact, stored = (f"{settings['dmmd']} {sampler}" for sampler in ("exact", "approximate"))
     baseline, pixel = settings["baseline"], f"{settings['pixel']} exact"
-    seconds = {name: cost["seconds"] for name, cost in result["speed"].items()}
-
-    def distance(label: str, nfe: int, above: float = 0.0) -> float | None:
-        mean = mean_of(result, label, nfe)
-        return None if mean is None else mean - above
-
-    found: dict[str, tuple[float | None, float | None]] = {}
+    pairs: list[tuple[str, Estimate | None, Estimate | None]] = []
     for label in (exact, stored):
-        for nfe in (100, 10):
-            text = f"{label} ÷ {baseline}, distance above the reconstruction's, {nfe} NFE"
-            found[text] = distance(label, nfe, reconstruction), distance(baseline, nfe, reconstruction)
+        for space in ("", "second") if settings["second_extractor"] else ("",):
+            by = f", {settings['second_distance']}" if space else ""
+            for nfe in (100, 10):
+                text = f"{label} ÷ {baseline}, distance above reconstructed training images, {nfe} NFE{by}"
+                pairs.append((text, excess_of(result, label, nfe, space), excess_of(result, baseline, nfe, space)))
     for nfe in sorted({row["nfe"] for row in result["rows"] if 0 < row["nfe"] <= MATCHED_UP_TO}):
         matched = MATCHED_FACTOR * nfe
         text = f"{stored} at {nfe} NFE ÷ {baseline} at {matched} NFE, distance"
-        found[text] = distance(stored, nfe), distance(baseline, matched)
-    found[f"{pixel} ÷ {exact}, distance, 100 NFE"] = distance(pixel, 100), distance(exact, 100)
-    found[f"{exact}, 100 NFE ÷ reconstruction, distance"] = distance(exact, 100), reconstruction
+        pairs.append((text, score_of(result, stored, nfe), score_of(result, baseline, matched)))
+    for label, latent in ((pixel, exact), (settings["pixel_baseline"], baseline)):
+        pairs.append(
+            (f"{label} ÷ {latent}, distance, 100 NFE", score_of(result, label, 100), score_of(result, latent, 100))
+        )
+    seconds = {name: Estimate(cost["seconds"]) for name, cost in result["speed"].items()}
     for label in (exact, stored):
-        found[f"{label} ÷ {baseline}, time of one NFE per image"] = seconds.get(label), seconds.get(baseline)
+        pairs.append((f"{label} ÷ {baseline}, time of one NFE per image", seconds.get(label), seconds.get(baseline)))
     for label in (exact, stored):
-        share = mean_of(result, label, 100, "memorised_share")
-        found[f"{label}, 100 NFE, share of memorised images"] = share, 1.0
-    return {text: a / b for text, (a, b) in found.items() if a is not None and b is not None}
+        share = score_of(result, label, 100, "memorised_share")
+        pairs.append((f"{label}, 100 NFE, share of memorised images", share, Estimate(1.0)))
+    for text, a, b in pairs:
+        if a is not None and b is not None and (ratio := a.over(b)) is not None:
+            found[text] = ratio._asdict()
+    return found

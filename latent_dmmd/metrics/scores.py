@@ -5,6 +5,7 @@ With features φ of mean μ and covariance Σ, and φ₁ generated, φ₂ real:
     Fréchet distance       ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁Σ₂)^½)                       (Heusel et al., 2017)
     KID                    MMD² (unbiased) of k(x, y) = (⟨x, y⟩ / d + 1)³ over subsets  (Bińkowski et al., 2018)
     precision, recall      share of one set within the 3-neighbour balls of the other   (Kynkäänniemi et al., 2019)
+    density, coverage      the same by the 5-neighbour balls of real images alone       (Naeem et al., 2020)
 """
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 NUM_NEIGHBOURS = 3
+NUM_COVERAGE_NEIGHBOURS = 5
 NUM_KID_SUBSETS = 100
 
 
@@ -80,6 +82,24 @@ def score_features(
         "precision": prc[KEY_METRIC_PRECISION],
         "recall": prc[KEY_METRIC_RECALL],
     }
+
+
+def density_and_coverage(
+    features: Tensor, features_real: Tensor, num_neighbours: int = NUM_COVERAGE_NEIGHBOURS
+) -> dict[str, float]:
+    """How often generated features (N, d) lie in the open balls of real ones (M, d) (Naeem et al., 2020, eq. 4 and 5).
+
+    The ball of a real image reaches to its k-th nearest real neighbour; k is at most M − 1, M ≥ 2.
+
+    Returns:
+        `density`, the mean over generated images of the number of balls around each, by k: about 1 for real images;
+        and `coverage`, the share of balls that hold a generated image, in [0, 1].
+    """
+    real = features_real.double()
+    k = min(num_neighbours, len(real) - 1)
+    radius = torch.cdist(real, real).kthvalue(k + 1, dim=1).values  # the first is the image itself
+    inside = torch.cdist(features.double(), real) < radius
+    return {"density": inside.sum(1).double().mean().item() / k, "coverage": inside.any(0).double().mean().item()}
 
 
 def nearest(features: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:

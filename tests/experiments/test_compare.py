@@ -3,31 +3,44 @@ import shutil
 
 import pytest
 import torch
+from conftest import frozen, save_tiny_images
 from PIL import Image
 from safetensors.torch import load_file
 
 from latent_dmmd.baselines import GaussianFit
-from latent_dmmd.experiments import stages
+from latent_dmmd.experiments import stages, workers
 from latent_dmmd.experiments.compare import CompareConfig, Comparison
 from latent_dmmd.experiments.report import write_report
-from latent_dmmd.experiments.stages import generate_sets, measure_costs, real_features, run_comparison
-from latent_dmmd.experiments.summary import mean_of, ratios, summarise
-from latent_dmmd.metrics.scores import memorised_share
+from latent_dmmd.experiments.scoring import Scorer, batch_sizes, context_of, score_generated
+from latent_dmmd.experiments.stages import measure_costs, run_comparison
+from latent_dmmd.experiments.summary import score_of, summarise
+from latent_dmmd.metrics.extractors import EXTRACTORS, FeatureSpace
+from latent_dmmd.metrics.scores import density_and_coverage, frechet_distance, memorised_share
+from latent_dmmd.pipeline import load_pipeline
+from latent_dmmd.training import loop
+from latent_dmmd.utils.benchmark import Cost
 from latent_dmmd.utils.errors import ConfigError
 
+PIXELS = {"autoencoder": {"name_or_path": None}, "feature_net": {"patch_size": 8, "squared_norm": True}}
+ENTRIES = {
+    "one-step": {"objective": {"name": "one-step", "teacher": "latent-dmmd", "teacher_steps": 2, "num_pairs": 8}},
+    "latent-dmmd": {},
+    "latent-flow-matching": {"objective": {"name": "flow-matching"}},
+    "pixel-dmmd": PIXELS,
+    "pixel-flow-matching": {**PIXELS, "objective": {"name": "flow-matching"}},
+}
 
-@pytest.fixture
-def settings(tiny_vae, tiny_images, tmp_path, monkeypatch, toy):
-    monkeypatch.setattr(stages, "in_a_process", lambda function, *args: function(*args))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    tiny_vae.save_pretrained(tmp_path / "vae")
-    heldout = tmp_path / "heldout"
+
+def tiny_settings(folder):
+    """A comparison on tiny images that takes seconds."""
+    frozen("AutoencoderKL").save_pretrained(folder / "vae")
+    images, heldout = save_tiny_images(folder / "images"), folder / "heldout"
     heldout.mkdir()
-    for path in sorted(tiny_images.iterdir())[::2]:
+    for path in sorted(images.iterdir())[::2]:
         Image.open(path).transpose(Image.Transpose.ROTATE_90).save(heldout / path.name)
     common = {
-        "data": {"name_or_path": str(tiny_images), "resolution": 32},
-        "autoencoder": {"name_or_path": str(tmp_path / "vae")},
+        "data": {"name_or_path": str(images), "resolution": 32, "cache_dir": str(folder / "cache")},
+        "autoencoder": {"name_or_path": str(folder / "vae")},
         "feature_net": {
             "num_features": 8,
             "patch_size": 2,
@@ -39,123 +52,381 @@ def settings(tiny_vae, tiny_images, tmp_path, monkeypatch, toy):
         "training": {"levels_per_step": 2, "pairs_per_level": 4, "log_every": 1},
         "sampling": {"num_images": 2, "num_noise_levels": 2, "steps_per_level": 1},
     }
-    pixel = {"autoencoder": {"name_or_path": None}, "feature_net": {"patch_size": 8, "squared_norm": True}}
     return dict(
-        output_dir=str(tmp_path / "comparison"),
+        output_dir=str(folder / "comparison"),
         common=common,
-        entries={
-            "latent-dmmd": {},
-            "latent-flow-matching": {"objective": {"name": "flow-matching"}},
-            "latent-mmd-gan": {"objective": {"name": "mmd-gan"}},
-            "pixel-dmmd": pixel,
-        },
+        entries=ENTRIES,
+        training_seeds={"latent-dmmd": [0, 1], "latent-flow-matching": [3, 4]},
         few=["pixel-dmmd"],
-        few_nfe=[10, 100],
-        nfe=[10, 100],
-        one_seed_from=100,
+        few_nfe=[10],
+        nfe=[2, 10],
+        one_seed_from=10,
         seeds=[0, 1],
-        extractor=toy,
+        extractor="toy",
+        second_extractor="toy-2",
         num_images=6,
+        batch_size=4,
         num_steps=2,
+        milestones=[0.5],
+        milestone_nfe=2,
         reference=str(heldout),
     )
 
 
-def stamps(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
+def measured_once(tasks, device, repeats):
+    """Costs of tasks that run once."""
+    for task in tasks.values():
+        task()
+    return {name: Cost(0.001 * (i + 1), None) for i, name in enumerate(tasks)}
 
 
-def test_a_tiny_report_end_to_end(settings):
+@pytest.fixture(scope="module")
+def tools():
+    """Toy extractors, and processes that are none, for all tests of this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("toy", "toy-2"):
+            patch.setitem(EXTRACTORS, name, FeatureSpace("toy", "features", "logits", f"fd_{name}"))
+        patch.setattr(stages, "in_a_process", lambda function, *args: function(*args))
+        patch.setattr(workers, "measure", measured_once)
+        patch.setattr(loop, "plot_losses", lambda *args: None)
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def finished_once(tools, tmp_path_factory):
+    """A finished comparison: its settings, its result and its page."""
+    folder = tmp_path_factory.mktemp("finished")
+    settings = tiny_settings(folder)
     comparison = Comparison(CompareConfig(**settings))
-    page = write_report(comparison, run_comparison(comparison), "python scripts/compare.py '<script>'")
-    result = json.loads((page.parent / "results.json").read_text())
+    result = run_comparison(comparison)
+    return settings, result, write_report(comparison, result, "latent-dmmd compare '<script>'")
 
+
+@pytest.fixture
+def settings(tools, tmp_path):
+    return tiny_settings(tmp_path)
+
+
+@pytest.fixture
+def elsewhere(finished_once, tmp_path):
+    """Settings of the finished comparison on a machine that has its export folder alone."""
+    settings, _, page = finished_once
+    shutil.copytree(page.parents[1] / "finished", tmp_path / "exports")
+    return {**settings, "output_dir": str(tmp_path / "there"), "export_dir": str(tmp_path / "exports")}
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Training, sampling, scoring and measuring fail."""
+
+    def fail(*args, **options):
+        raise AssertionError("nothing is to be done again")
+
+    for name in ("in_a_process", "load_pipeline", "train_and_measure"):
+        monkeypatch.setattr(stages, name, fail)
+    monkeypatch.setattr(Scorer, "make_set", fail)
+    monkeypatch.setattr(Scorer, "score_set", fail)
+
+
+def plain(result):
+    """A result as JSON has it."""
+    return json.loads(json.dumps(result))
+
+
+def test_rows_are_means_over_sampling_seeds_for_each_training_seed(finished_once):
+    settings, result, page = finished_once
+    assert json.loads((page.parent / "results.json").read_text())["rows"] == plain(result["rows"])
     rows = {(row["label"], row["nfe"]): row for row in result["rows"]}
-    dmmd = {(f"latent-dmmd {sampler}", nfe) for sampler in ("exact", "approximate") for nfe in (10, 100)}
-    pixel = {("pixel-dmmd exact", nfe) for nfe in (10, 100)}
-    baseline = {("latent-flow-matching", nfe) for nfe in (10, 30, 100)}
-    assert set(rows) == dmmd | pixel | baseline | {("latent-mmd-gan", 1), ("gaussian", 0)}
-    assert len(rows["latent-flow-matching", 10]["frechet_distance"]) == 2  # seeds
-    assert len(rows["latent-flow-matching", 100]["frechet_distance"]) == 1
-    assert rows["latent-dmmd exact", 10]["frechet_distance"][0] != rows["latent-dmmd exact", 10]["frechet_distance"][1]
-    assert result["entries"]["latent-dmmd"]["num_steps"] == 2
-    seconds = result["entries"]["latent-dmmd"]["seconds_per_step"]
-    assert result["entries"]["latent-dmmd"]["training_minutes"] == pytest.approx(2 * seconds / 60)
-    assert len(result["ratios"]) == 11
+    dmmd = {(f"latent-dmmd {sampler}", nfe) for sampler in ("exact", "approximate") for nfe in (2, 10)}
+    flow = {("latent-flow-matching", nfe) for nfe in (2, 6, 10, 30)} | {("pixel-flow-matching", nfe) for nfe in (2, 10)}
+    assert set(rows) == dmmd | flow | {("pixel-dmmd exact", 10), ("one-step", 1), ("gaussian", 0)}
+
+    values = rows["latent-dmmd exact", 2]["frechet_distance"]
+    assert len(values) == 2 and values[0] != values[1]
+    for seed, value in enumerate(values):
+        scores = json.loads((page.parents[1] / f"finished/latent-dmmd-seed-{seed}/scores.json").read_text())
+        of_seed = [s["scores"] for s in scores["sets"] if (s["label"], s["nfe"]) == ("latent-dmmd exact", 2)]
+        assert len(of_seed) == 2 and of_seed[0] != of_seed[1]
+        assert value == pytest.approx(sum(s["frechet_distance"] for s in of_seed) / 2)
+    assert len(rows["pixel-flow-matching", 2]["frechet_distance"]) == 1
+    assert score_of(result, "pixel-flow-matching", 2).error is None
+    assert score_of(result, "latent-dmmd exact", 2).error > 0
+    row = rows["latent-dmmd exact", 2]
+    assert row["second"]["recall"] == row["recall"]  # of the same network
+
+
+def test_seconds_and_training_minutes(finished_once):
+    _, result, _ = finished_once
+    entry = result["entries"]["latent-dmmd"]
+    assert entry["num_steps"] == 2 and entry["training_minutes"] == pytest.approx(2 * entry["seconds_per_step"] / 60)
     assert set(result["speed"]) == {row["label"] for row in result["rows"]} - {"gaussian"} | {"decode"}
     seconds = {label: cost["seconds"] for label, cost in result["speed"].items()}
-    for label, nfe in (("latent-flow-matching", 30), ("pixel-dmmd exact", 100), ("gaussian", 0)):
+    rows = {(row["label"], row["nfe"]): row for row in result["rows"]}
+    for label, nfe in (("latent-flow-matching", 30), ("pixel-dmmd exact", 10), ("gaussian", 0), ("one-step", 1)):
         decoding = 0 if label == "pixel-dmmd exact" else seconds["decode"]
-        expected = nfe * seconds.get(label, 0) + decoding
-        assert rows[label, nfe]["seconds_per_image"] == pytest.approx(expected)
-
-    text = page.read_text()
-    assert "&lt;script&gt;" in text and "<script" not in text  # escaped
-    assert '="http' not in text and text.count("data:image/") == len(list(page.parent.glob("*.png"))) + 14
-    for path in page.parent.glob("*.png"):
-        assert Image.open(path).width > 400
-
-    # the same command does nothing again; more steps go on and leave nothing stale
-    before = stamps(comparison.folder)
-    again = Comparison(CompareConfig(**settings))
-    run_comparison(again)
-    assert stamps(comparison.folder) == before
-    (comparison.folder / "samples" / "latent-mmd-gan" / "2-steps" / "nfe-1-seed-0.safetensors").unlink()
-    run_comparison(again)
-    changed = {path.name for path, stamp in stamps(comparison.folder).items() if before[path] != stamp}
-    assert changed == {"nfe-1-seed-0.safetensors"}
-    larger = Comparison(CompareConfig(**{**settings, "num_images": 7}))
-    files = generate_sets(larger, measure_costs(larger))
-    assert len(load_file(files["gaussian"][0, 0])["features"]) == 7
-    longer = Comparison(CompareConfig(**{**settings, "num_steps": 3}))
-    result = run_comparison(longer)
-    assert result["entries"]["pixel-dmmd"]["num_steps"] == 3
-    assert (comparison.folder / "samples" / "latent-dmmd-exact" / "3-steps" / "nfe-10-seed-0.safetensors").exists()
+        assert rows[label, nfe]["seconds_per_image"] == pytest.approx(nfe * seconds.get(label, 0) + decoding)
 
 
-def test_some_of_the_entries(settings):
-    config = CompareConfig(**{**settings, "include": ["latent-flow-matching", "latent-dmmd"]})
-    assert list(config.entries) == ["latent-dmmd", "latent-flow-matching"] and config.few == []
+def test_milestones_make_curves(finished_once):
+    _, result, _ = finished_once
+    points = [point for point in result["curves"] if point["label"] == "latent-dmmd exact"]
+    minutes = result["entries"]["latent-dmmd"]["training_minutes"]
+    assert [point["minutes"] for point in points] == pytest.approx([minutes / 2, minutes])
+    assert all(len(point["frechet_distance"]) == 2 and point["nfe"] == 2 for point in points)
+    assert points[0]["frechet_distance"] != points[1]["frechet_distance"]
 
 
-def test_trained_entries_are_loaded(settings, tmp_path):
-    settings |= {"nfe": [10], "seeds": [0]}
-    first = Comparison(CompareConfig(**{**settings, "include": ["latent-dmmd", "latent-flow-matching"]}))
-    expected = run_comparison(first)
-    shutil.copytree(first.pipeline_folder("latent-dmmd"), tmp_path / "released")
-    changed = {
-        "include": ["latent-dmmd", "latent-flow-matching", "latent-mmd-gan"],
-        "trained": {"latent-dmmd": str(tmp_path / "released"), "pixel-dmmd": "not included"},
-        "output_dir": str(tmp_path / "second"),
-    }
-    second = Comparison(CompareConfig(**{**settings, **changed}))
+def test_the_same_command_does_nothing_again(finished_once, no_work, tmp_path):
+    settings, result, _ = finished_once
+    assert plain(run_comparison(Comparison(CompareConfig(**settings)))) == plain(result)
+
+
+def test_another_machine_goes_on_from_the_exports(elsewhere, finished_once, no_work):
+    result = run_comparison(Comparison(CompareConfig(**elsewhere)))
+    assert plain(result) == plain(finished_once[1])
+
+
+def test_the_page_is_rebuilt_without_training(elsewhere, finished_once, no_work):
+    _, result, page = finished_once
+    for budget in ({}, {"num_steps": None}):  # a budget is not needed
+        comparison = Comparison(CompareConfig(**{**elsewhere, "rebuild": True, **budget}))
+        rebuilt = run_comparison(comparison)
+        assert plain(rebuilt["rows"]) == plain(result["rows"])
+    comparison = Comparison(CompareConfig(**{**elsewhere, "rebuild": True}))
+    again = write_report(comparison, run_comparison(comparison), "latent-dmmd compare '<script>'")
+    assert again.read_text() == page.read_text()
+
+
+def cut_scores(folder):
+    text = (folder / "scores.json").read_text()
+    (folder / "scores.json").write_text(text[: len(text) // 2])
+
+
+def cut_weights(folder):
+    path = next(folder.rglob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+DAMAGES = {
+    "no scores": lambda folder: (folder / "scores.json").unlink(),
+    "half of the scores": cut_scores,
+    "scores that are no scores": lambda folder: (folder / "scores.json").write_text("[]"),
+    "no weights": lambda folder: next(folder.rglob("*.safetensors")).unlink(),
+    "half of the weights": cut_weights,
+    "no image": lambda folder: next(folder.glob("*.webp")).unlink(),
+    "no configuration": lambda folder: (folder / "config.yaml").unlink(),
+    "no folder": shutil.rmtree,
+    "written aside only": lambda folder: folder.rename(folder.with_name(f".{folder.name}.7.partial")),
+    "no autoencoder": lambda folder: shutil.rmtree(folder.parent / "autoencoders"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_what_is_half_written_is_passed_over(damage, elsewhere, no_work, capsys):
+    damage(Comparison(CompareConfig(**elsewhere)).export_dir / "latent-flow-matching-seed-3")
+    result = run_comparison(Comparison(CompareConfig(**{**elsewhere, "rebuild": True})))
+    assert "latent-flow-matching-seed-3: not finished, left out" in capsys.readouterr().out
+    row = next((row for row in result["rows"] if row["label"] == "latent-flow-matching"), None)
+    assert row is None or len(row["frechet_distance"]) == 1
+
+
+def test_processes_share_the_runs(elsewhere, finished_once, monkeypatch):
+    """Each finishes its own, and none makes a page; the costs are measured once."""
+    export, trained = Comparison(CompareConfig(**elsewhere)).export_dir, []
+    monkeypatch.setattr(stages, "in_a_process", lambda function, *args: trained.append(function) or function(*args))
+    names = ["latent-dmmd-seed-1", "latent-flow-matching-seed-4"]
+    for name in names:
+        shutil.rmtree(export / name)
+    for name in names:
+        assert run_comparison(Comparison(CompareConfig(**{**elsewhere, "only": [name]}))) is None
+        assert (export / name / "scores.json").exists()
+    assert trained == [stages.train_and_measure] * 4
+    assert plain(run_comparison(Comparison(CompareConfig(**elsewhere)))["rows"]) == plain(finished_once[1]["rows"])
+
+
+def test_only_what_is_missing_or_configured_otherwise_is_trained(elsewhere, tools, monkeypatch, capsys):
+    trained = []
+
+    def train(function, *args):
+        trained.append(args[0].output_dir.rpartition("/")[2])
+        return function(*args)
+
+    monkeypatch.setattr(stages, "in_a_process", train)
+    shutil.rmtree(Comparison(CompareConfig(**elsewhere)).export_dir / "latent-dmmd-seed-1")
+    changed = {**PIXELS, "objective": {"name": "flow-matching"}, "training": {"learning_rate": 5e-4}}
+    elsewhere["entries"] = {**ENTRIES, "pixel-flow-matching": changed}
+    run_comparison(Comparison(CompareConfig(**elsewhere)))
+    assert trained == ["latent-dmmd-seed-1"] * 2 + ["pixel-flow-matching"] * 2  # milestone and end
+    assert "holds another training: training.learning_rate is 0.0005 (was 0.001)" in capsys.readouterr().out
+
+
+def test_other_sets_of_a_finished_run_need_no_training(elsewhere, monkeypatch):
+    elsewhere |= {"num_images": 8, "include": ["latent-dmmd", "latent-flow-matching"]}
+    monkeypatch.setattr(stages, "train_and_measure", None)
+    result = run_comparison(Comparison(CompareConfig(**elsewhere)))
+    assert result["settings"]["num_images"] == 8 and len(result["rows"][0]["frechet_distance"]) == 2
+    assert result["curves"]  # of the training, kept
+
+
+def test_exports_are_in_float16_and_score_as_they_are(finished_once):
+    settings, _, page = finished_once
+    export = page.parents[1] / "finished" / "latent-dmmd-seed-0"
+    weights = load_file(export / "pipeline" / "feature_net" / "diffusion_pytorch_model.safetensors")
+    stored = load_file(export / "pipeline" / "mean_embeddings" / "diffusion_pytorch_model.safetensors")
+    assert {a.dtype for a in weights.values()} == {torch.float16}
+    assert torch.float16 not in {a.dtype for a in stored.values()}
+    assert not (export / "pipeline" / "vae").exists()  # once for all
+    assert len(list((page.parents[1] / "finished" / "autoencoders").iterdir())) == 1
+    comparison = Comparison(CompareConfig(**settings))
+    pipe = load_pipeline(stages.pipeline_of(comparison, comparison.runs[0]))
+    pipe.set_progress_bar_config(disable=True)
+    expected = load_file(comparison.sets(comparison.runs[0], "2-steps")[0].files[2, 0])["images"]
+    generator = torch.Generator().manual_seed(0)
+    sampling = dict(num_inference_steps=2, sampler="exact")
+    images = torch.cat([stages.generate(lambda: pipe, sampling, 3, generator) for _ in range(2)])
+    assert torch.equal(images, expected)
+
+
+def test_a_killed_comparison_goes_on_where_it_was(settings, monkeypatch):
+    settings |= {"include": ["latent-dmmd", "latent-flow-matching"], "training_seeds": {}, "nfe": [2], "seeds": [0]}
+    settings |= {"only": ["latent-flow-matching"], "num_steps": 4}
+    comparison, reached = Comparison(CompareConfig(**settings)), []
+
+    def killed(function, *args):
+        if function is stages.train_and_measure:
+            if len(reached) == 1:
+                raise KeyboardInterrupt
+            reached.append(args[0].training.num_steps)
+        return function(*args)
+
+    monkeypatch.setattr(stages, "in_a_process", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_comparison(comparison)
+    assert reached == [2] and not (comparison.export_dir / "latent-flow-matching").exists()
+
+    monkeypatch.setattr(stages, "in_a_process", lambda f, c: reached.append(c.training.num_steps) or f(c))
+    run_comparison(comparison)
+    assert reached == [2, 4]  # the milestone is not trained again, and the costs are not measured again
+    scores = json.loads((comparison.export_dir / "latent-flow-matching" / "scores.json").read_text())
+    assert [point["num_steps"] for point in scores["curve"]] == [2] and scores["num_steps"] == 4
+
+
+def test_more_steps_go_on(settings):
+    settings |= {"include": ["latent-dmmd", "latent-flow-matching"], "training_seeds": {}, "nfe": [2], "seeds": [0]}
+    settings |= {"milestones": [], "second_extractor": None}
+    first = run_comparison(Comparison(CompareConfig(**settings)))
+    longer = run_comparison(Comparison(CompareConfig(**{**settings, "num_steps": 3})))
+    assert longer["entries"]["latent-dmmd"]["num_steps"] == 3
+    label = "latent-dmmd exact"
+    assert score_of(longer, label, 2) != score_of(first, label, 2)
+
+
+def test_trained_entries_are_loaded(finished_once, settings, tmp_path):
+    first = Comparison(CompareConfig(**finished_once[0]))
+    folder = tmp_path / "released"
+    shutil.copytree(stages.pipeline_of(first, first.config.runs[1]), folder)
+    settings |= {"trained": {"latent-dmmd": str(folder), "pixel-dmmd": "not included"}, "training_seeds": {}}
+    settings |= {"include": ["latent-dmmd", "latent-flow-matching"], "milestones": [], "num_images": 6}
+    second = Comparison(CompareConfig(**settings))
     result = run_comparison(second)
-    assert sorted(path.name for path in (second.folder / "runs").iterdir()) == [
-        "latent-flow-matching",
-        "latent-mmd-gan",
-    ]
-    assert list(result["entries"]) == ["latent-flow-matching", "latent-mmd-gan"]
-    for label in ("latent-dmmd exact", "latent-dmmd approximate"):
-        assert mean_of(result, label, 10) == pytest.approx(mean_of(expected, label, 10))
-    text = write_report(second, result, "").read_text()
-    assert f"but for those loaded: latent-dmmd ({tmp_path / 'released'})" in text
+    assert sorted(path.name for path in (second.folder / "runs").iterdir()) == ["latent-flow-matching"]
+    assert list(result["entries"]) == ["latent-flow-matching"]
+    expected = next(row for row in finished_once[1]["rows"] if row["label"] == "latent-dmmd exact")
+    assert score_of(result, "latent-dmmd exact", 2).mean == pytest.approx(expected["frechet_distance"][0])
+    assert f"but for those loaded: latent-dmmd ({folder})" in write_report(second, result, "").read_text()
 
-    # another pipeline in its place is sampled anew
-    shutil.copytree(tmp_path / "released", tmp_path / "other")
-    before = stamps(second.folder / "samples")
-    changed["trained"] = {"latent-dmmd": str(tmp_path / "other")}
-    third = Comparison(CompareConfig(**{**settings, **changed}))
-    generate_sets(third, measure_costs(third))
-    again = {
-        path.parent.parent.name for path, stamp in stamps(second.folder / "samples").items() if before[path] != stamp
-    }
-    assert again == {"latent-dmmd-exact", "latent-dmmd-approximate"}
+    # another pipeline in its place is sampled again, and nothing else
+    shutil.copytree(folder, tmp_path / "other")
+    settings["trained"] = {"latent-dmmd": str(tmp_path / "other")}
+    before = {path: path.stat().st_mtime_ns for path in second.folder.rglob("samples/**/*.safetensors")}
+    run_comparison(Comparison(CompareConfig(**settings)))
+    changed = {path.parent.parent.name for path, stamp in before.items() if path.stat().st_mtime_ns != stamp}
+    assert changed == {"latent-dmmd-exact", "latent-dmmd-approximate"}
 
 
-def test_minutes_become_steps(settings):
-    comparison = Comparison(CompareConfig(**{**settings, "num_steps": None, "minutes": 1.5}))
-    costs = {name: {"seconds": 0.5 * (i + 1), "num_parameters": 1} for i, name in enumerate(settings["entries"])}
-    assert list(comparison.num_steps(costs).values()) == [180, 90, 60, 45]
+def test_measured_seconds_are_taken_from_a_file(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "in_a_process", None)
+    seconds = {name: {"seconds": 0.5 * (i + 1), "num_parameters": 1} for i, name in enumerate(ENTRIES)}
+    path = tmp_path / "costs.json"
+    path.write_text(json.dumps(seconds))
+    comparison = Comparison(CompareConfig(**{**settings, "num_steps": None, "minutes": 1.5, "costs": str(path)}))
+    costs = measure_costs(comparison)
+    assert [comparison.num_steps(costs)[name] for name in ENTRIES] == [180, 90, 60, 45, 36]
+    assert json.loads((comparison.export_dir / "costs.json").read_text()) == seconds
+
+    path.write_text(json.dumps({name: seconds[name] for name in list(ENTRIES)[1:]}))
+    with pytest.raises(ConfigError, match="no seconds of one-step; measure it"):
+        measure_costs(comparison)
+    for text in ("", "[1]", json.dumps(dict.fromkeys(ENTRIES, 3))):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="cannot read measured seconds in .*; give a file"):
+            measure_costs(comparison)
+
+
+@pytest.mark.parametrize("data", ["elpv", "openmoji"])
+def test_data_with_a_name_bring_splits_and_autoencoder(data):
+    config = CompareConfig(entries=ENTRIES, num_steps=1, data=data, splits=["fit", "validation"])
+    comparison = Comparison(config)
+    latent, pixel = comparison.entries["latent-dmmd"], comparison.entries["pixel-dmmd"]
+    assert latent.data.name_or_path == pixel.data.name_or_path == comparison.training_data == f"{data}:fit"
+    assert latent.autoencoder.name_or_path == f"{data}-vae" and pixel.autoencoder.name_or_path is None
+    assert config.reference == f"{data}:validation"
+
+
+def test_batches_are_bounded_and_even():
+    for count, largest in ((1024, 128), (6, 4), (129, 128), (4, 128)):
+        sizes = batch_sizes(count, largest)
+        assert sum(sizes) == count and max(sizes) <= largest and max(sizes) - min(sizes) <= 1
+    assert batch_sizes(1024, 128) == [128] * 8
+
+
+def test_sets_are_drawn_in_bounded_batches(settings, tmp_path):
+    comparison, drawn = Comparison(CompareConfig(**{**settings, "num_images": 1024, "batch_size": 100})), []
+
+    def draw(n, generator):
+        drawn.append(n)
+        return torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
+
+    Scorer(comparison).make_set(tmp_path / "set.safetensors", "x", 0, draw, "x")
+    tensors = load_file(tmp_path / "set.safetensors")
+    assert max(drawn) <= 100 and sum(drawn) == len(tensors["features_0"]) == len(tensors["features_1"]) == 1024
+    assert len(tensors["images"]) == 32
+
+
+@pytest.fixture
+def real():
+    """Features of 40 training and 10 held-out images, and of reconstructions, which are a little off."""
+    draw = torch.Generator().manual_seed(0)
+    training, reference = (torch.randn(n, 4, generator=draw) for n in (40, 10))
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    a, b = (training[order[i : i + 12]] + 0.1 for i in (0, 12))
+    names = ("training", "reference", "reconstructed_a", "reconstructed_b", "reconstructed_reference")
+    return dict(zip(names, (training, reference, a, b, reference + 0.1)))
+
+
+def test_what_a_set_is_scored_against(real):
+    features = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
+    scores = score_generated(features, real)
+    a, b = real["reconstructed_a"] - 0.1, real["reconstructed_b"] - 0.1
+    assert scores["frechet_distance"] == pytest.approx(frechet_distance(features, real["reference"]))
+    assert scores["reconstructed_distance"] == pytest.approx(frechet_distance(features, real["reference"] + 0.1))
+    both = [frechet_distance(features, half) for half in (a, b)]
+    assert scores["training_distance"] == pytest.approx(sum(both) / 2, rel=1e-4)
+    assert scores["coverage"] == density_and_coverage(features, real["reference"])["coverage"]
+    assert scores["memorised_share"] == memorised_share(features, real["training"], real["reference"])
+
+
+def test_perfect_latents_are_scored_at_the_same_number_and_in_both_directions(real):
+    context = context_of(real, 12)
+    a, b = real["reconstructed_a"] - 0.1, real["reconstructed_b"] - 0.1
+    found = context["reconstructed_training"]
+    both = [frechet_distance(half + 0.1, real["reference"]) for half in (a, b)]
+    assert found["frechet_distance"] == pytest.approx(sum(both) / 2)
+    both = [frechet_distance(a + 0.1, b), frechet_distance(b + 0.1, a)]  # never against their originals
+    assert found["training_distance"] == pytest.approx(sum(both) / 2, rel=1e-4)
+    assert found["reconstructed_distance"] == pytest.approx(context["real_training"]["frechet_distance"], rel=1e-4)
+    assert context["real_training"]["training_distance"] == pytest.approx(frechet_distance(a, b), rel=1e-4)
+    assert context["num_each"] == 12 and context_of(real, 100)["num_each"] == 20
 
 
 @pytest.mark.parametrize(
@@ -163,6 +434,7 @@ def test_minutes_become_steps(settings):
     [
         ({"num_steps": None}, "either minutes or num_steps"),
         ({"minutes": 3.0}, "either minutes or num_steps"),
+        ({"minutes": 3.0, "rebuild": True}, "either minutes or num_steps"),
         ({"entries": {}}, "at least one"),
         ({"entries": {"../x": {}}}, "letters, digits"),
         ({"few": ["other"]}, "other not among entries"),
@@ -170,14 +442,27 @@ def test_minutes_become_steps(settings):
         ({"dmmd": "pixel-dmmd"}, "on pixels"),
         ({"entries": {"latent-dmmd": {"training": {"num_step": 3}}, "latent-flow-matching": {}}}, "did you mean"),
         ({"num_images": 3}, "at least 4"),
+        ({"batch_size": 1}, "at least 4"),
+        ({"milestones": [1.5]}, r"milestones must be in \(0, 1\)"),
+        ({"splits": ["train"]}, "splits must be two"),
+        ({"second_extractor": "toy"}, "name another"),
+        ({"table": {"latent-dmmd exact": list(range(9))}}, "at most 8 rows; got 9"),
         ({"include": ["latent-dmmd", "other"]}, "other not among entries"),
         ({"include": ["latent-dmmd", "pixel-dmmd"]}, "latent-flow-matching not among entries"),
+        ({"training_seeds": {"other": [0]}}, "other not among entries"),
+        ({"training_seeds": {"latent-dmmd": []}}, "must be different numbers"),
+        ({"training_seeds": {"latent-dmmd": [1, 1]}}, "must be different numbers"),
+        ({"training_seeds": {"latent-dmmd": [-1]}}, "must not be negative"),
+        ({"entries": {**ENTRIES, "latent-dmmd-seed-1": {}}}, "latent-dmmd-seed-1 is both"),
+        ({"only": [], "rebuild": True}, "give one of them"),
+        ({"only": ["latent-dmmd"]}, "only: latent-dmmd not among entries: .*latent-dmmd-seed-0"),
+        ({"trained": {"latent-dmmd": "elpv-dmmd"}}, "latent-dmmd not among entries: .*latent-dmmd-seed-0"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(settings, change, message):
     changed = {**settings, **change}
-    if "entries" in change:
-        changed["few"] = []
+    if len(change.get("entries", ENTRIES)) < 3:
+        changed |= {"few": [], "training_seeds": {}}
     with pytest.raises(ConfigError, match=message) as error:
         Comparison(CompareConfig(**changed))
     assert "\n" not in str(error.value)
@@ -186,45 +471,13 @@ def test_bad_input_is_one_line_and_writes_nothing(settings, change, message):
 
 def test_a_folder_without_a_pipeline_is_one_line(settings, tmp_path):
     with pytest.raises(ValueError, match="no pipeline in .*nowhere; give the folder"):
-        Comparison(CompareConfig(**{**settings, "trained": {"latent-dmmd": str(tmp_path / "nowhere")}}))
-    with pytest.raises(ConfigError, match="other not among entries"):
-        CompareConfig(**{**settings, "trained": {"other": str(tmp_path)}})
+        Comparison(CompareConfig(**{**settings, "trained": {"latent-dmmd-seed-0": str(tmp_path / "nowhere")}}))
     assert not shutil.os.path.exists(settings["output_dir"])
 
 
-def test_ratios_are_above_the_reconstruction():
-    rows = [
-        {"label": "a exact", "nfe": 100, "frechet_distance": [50.0, 70.0], "memorised_share": [0.0, 0.02]},
-        {"label": "b", "nfe": 100, "frechet_distance": [40.0, 40.0], "memorised_share": [0.0, 0.0]},
-        {"label": "p exact", "nfe": 100, "frechet_distance": [180.0], "memorised_share": [0.0]},
-    ]
-    speed = {"a exact": {"seconds": 3.3}, "a approximate": {"seconds": 2.9}, "b": {"seconds": 1.0}}
-    settings = {"dmmd": "a", "baseline": "b", "pixel": "p"}
-    result = {"settings": settings, "reconstruction_distance": 20.0, "rows": rows, "speed": speed}
-    found = ratios(result)
-    assert found == {
-        "a exact ÷ b, distance above the reconstruction's, 100 NFE": 2.0,
-        "p exact ÷ a exact, distance, 100 NFE": 3.0,
-        "a exact, 100 NFE ÷ reconstruction, distance": 3.0,
-        "a exact ÷ b, time of one NFE per image": 3.3,
-        "a approximate ÷ b, time of one NFE per image": 2.9,
-        "a exact, 100 NFE, share of memorised images": 0.01,
-    }
-    del speed["a approximate"]  # among the few, which are sampled by exact witnesses alone
-    assert list(ratios(result)) == [text for text in found if "approximate" not in text]
-
-
-def test_the_summary_trains_and_generates_nothing(settings, monkeypatch):
-    """It is a function of what the stages left."""
-    settings |= {"nfe": [10], "seeds": [0], "include": ["latent-dmmd", "latent-flow-matching"]}
-    comparison = Comparison(CompareConfig(**settings))
-    result = run_comparison(comparison)
-    costs, real = measure_costs(comparison), real_features(comparison)
-    files = comparison.set_files(comparison.num_steps(costs))
-    for name in ("make_set", "in_a_process", "load_extractor", "load_pipeline"):
-        monkeypatch.setattr(stages, name, None)
-    again = summarise(comparison, costs, stages.score_sets(files, real), real, stages.measure_speed(comparison))
-    assert again == result
+def test_nothing_to_rebuild_is_one_line(settings):
+    with pytest.raises(ConfigError, match="holds no finished run of this comparison; run it without --rebuild"):
+        summarise(Comparison(CompareConfig(**{**settings, "rebuild": True})))
 
 
 def test_memorised_share():
