@@ -359,9 +359,13 @@ class LatentSchedulerPipeline(LatentPipeline):
         if num_inference_steps is None:
             num_inference_steps = self.config.num_inference_steps or DEFAULT_NUM_INFERENCE_STEPS
         z = self.initial_particles(batch_size, generator, latents)
-        order = self.config.solver_order or 1 if solver_order is None else solver_order
+        order = self.own_order() if solver_order is None else solver_order
         z = self.move(z, num_inference_steps, callback=callback_on_step_end, solver_order=order)
         return self.output(z, output_type, return_dict)
+
+    def own_order(self) -> SolverOrder:
+        """The pipeline's own order of steps, where it can be had."""
+        return self.config.solver_order or 1 if self.matches_flow else 1
 
 
 PIPELINES = {cls.__name__: cls for cls in (LatentDMMDPipeline, LatentSchedulerPipeline)}

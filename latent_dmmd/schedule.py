@@ -9,6 +9,7 @@ the method of Adams and Bashforth, which costs no evaluation. The first step and
 order.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -103,6 +104,8 @@ def steps_for_nfe(nfe: int, num_stored_levels: int) -> tuple[int, int]:
 class Multistep:
     """Velocities of a flow's steps, in turn, extrapolated to the middle of each from the step before.
 
+    A step that does not begin where the one before ended is the first of another flow.
+
     Args:
         order: 1 leaves them as they are (Euler); 2 is the method of Adams and Bashforth.
 
@@ -114,14 +117,14 @@ class Multistep:
         if order not in (1, 2):
             raise ValueError(f"solver_order must be 1 or 2; got {order!r}")
         self.order = order
-        self._previous: tuple[Tensor, float] | None = None
+        self._previous: tuple[Tensor, float, float] | None = None
 
     def __call__(self, velocity: Tensor, start: float, end: float) -> Tensor:
         """The velocity to use from noise level `start` to `end`, shaped like the one at `start`."""
         if self.order == 1:
             return velocity
-        previous, length = self._previous, start - end
-        self._previous = velocity, length
-        if previous is None or end == 0:
+        before, self._previous = self._previous, (velocity, start, end)
+        if before is None or end == 0 or not math.isclose(before[2], start, abs_tol=1e-6):
             return velocity
-        return velocity + length / (2 * previous[1]) * (velocity - previous[0])
+        previous, previous_start, previous_end = before
+        return velocity + (start - end) / (2 * (previous_start - previous_end)) * (velocity - previous)

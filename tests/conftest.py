@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 # no test asks the network
@@ -150,6 +151,25 @@ def save_tiny_images(folder):
     for i, pixels in enumerate(coarse):
         Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC).save(folder / f"{i:02d}.png")
     return folder
+
+
+@contextmanager
+def default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+# what a caller may have set around a call that trains
+CALLERS = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "no autocast": lambda: torch.autocast("cpu", enabled=False),
+    "inference mode": torch.inference_mode,
+    "no gradients": torch.no_grad,
+    "float64": lambda: default_dtype(torch.float64),
+}
 
 
 @pytest.fixture

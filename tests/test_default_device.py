@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import TINY_NET, random_embeddings, tiny_features, tiny_pipeline, tiny_velocity
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -40,15 +41,17 @@ from latent_dmmd.forward import FORWARD_PROCESSES, LinearInterpolant, get_forwar
 from latent_dmmd.kernels import get_kernel
 from latent_dmmd.latent_pipeline import FlowOptions
 from latent_dmmd.methods import witness
+from latent_dmmd.metrics.autoencoders import evaluate_autoencoder
 from latent_dmmd.metrics.classes import LinearClassifier, class_agreement
 from latent_dmmd.metrics.evaluation import evaluate
 from latent_dmmd.metrics.scores import memorised_share
 from latent_dmmd.objective import DMMD, WitnessMatching
-from latent_dmmd.pipeline import LatentDMMDPipeline, load_pipeline
+from latent_dmmd.pipeline import LatentDMMDPipeline, LatentSchedulerPipeline, load_pipeline
 from latent_dmmd.schedule import flow_schedule
 from latent_dmmd.training.autoencoder import loop, train_autoencoder
 from latent_dmmd.training.autoencoder.config import AutoencoderTrainingConfig, CropDataConfig
 from latent_dmmd.training.config import Config, parse_config
+from latent_dmmd.training.first_look import autoencoder_fit
 from latent_dmmd.training.loop import train
 from latent_dmmd.training.trainer import step_generators
 from latent_dmmd.utils.benchmark import measure
@@ -317,8 +320,10 @@ def test_training_of_an_autoencoder(trap, monkeypatch, tiny_images, tmp_path):
     data = CropDataConfig(str(tiny_images), resolution=32, cache_dir=str(tmp_path / "cache"))
     how = dict(num_steps=2, batch_size=2, crop_size=32, adversarial_weight=0.1, adversarial_start=1)
     how |= dict(gradient_weight=1.0, equivariance_weight=1.0, perceptual_weight=0.0, pooled_weight=0.0, width=8)
-    config = AutoencoderTrainingConfig(str(tmp_path / "run"), data, mixed_precision="no", **how)
-    train_autoencoder(config)
+    saved = train_autoencoder(AutoencoderTrainingConfig(str(tmp_path / "run"), data, mixed_precision="no", **how))
+    del how["width"]
+    how |= dict(init_from=str(saved), trains="decoder", noise_kind="interpolate")
+    train_autoencoder(AutoencoderTrainingConfig(str(tmp_path / "tuned"), data, mixed_precision="no", **how))
 
 
 HOW = dict(num_noise_levels=4, steps_per_level=2, output_type="latent")
@@ -327,10 +332,15 @@ HOW = dict(num_noise_levels=4, steps_per_level=2, output_type="latent")
 @pytest.mark.parametrize("options", [{}, dict(chunk_size=2), dict(step_size=0.01)], ids=str)
 @pytest.mark.parametrize("sampler", ["exact", "approximate", "hybrid"])
 def test_samplers(trap, tiny_vae, sampler, options):
-    pipe = tiny_pipeline(tiny_vae)
+    pipe, order = tiny_pipeline(tiny_vae), {} if "step_size" in options else {"solver_order": 2}
     pipe.flow_options = FlowOptions(**options)
-    images = pipe(3, sampler=sampler, generator=torch.Generator().manual_seed(0), **HOW).images
+    images = pipe(3, sampler=sampler, generator=torch.Generator().manual_seed(0), **HOW, **order).images
     assert images.isfinite().all()
+
+
+def test_flow_matching_of_second_order(trap):
+    pipe = LatentSchedulerPipeline(velocity(), FlowMatchEulerDiscreteScheduler(), solver_order=2)
+    assert pipe(2, num_inference_steps=3, output_type="latent").images.isfinite().all()
 
 
 @pytest.mark.parametrize("flow_class", [InjectedExactFlow, InjectedApproximateFlow])
@@ -393,6 +403,12 @@ def test_scores(trap):
     for task in ("inpaint", "upscale"):
         comparison = EditComparison(real, task)
         assert comparison.score(comparison.plain(None)["smooth fill" if task == "inpaint" else "bicubic"]).psnr > 0
+
+
+def test_autoencoders(trap, each_vae, toy):
+    images_uint8 = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8)
+    assert evaluate_autoencoder(each_vae, images_uint8, autoencoder="x", extractors=[toy]).n == 5
+    assert autoencoder_fit(each_vae, {"x": images_uint8[0]}).num_images == 1
 
 
 def test_classifier(trap):

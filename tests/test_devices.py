@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from latent_dmmd import LatentDMMDPipeline
 from latent_dmmd.apps.film import film
 from latent_dmmd.baselines import DDPM, MMDGAN, FlowMatching, GeneratorAndCritic
+from latent_dmmd.data.autoencoder import load_autoencoder
 from latent_dmmd.data.particles import LatentCache
 from latent_dmmd.data.sources import load_images
 from latent_dmmd.discrepancy import get_discrepancy
@@ -33,8 +34,11 @@ from latent_dmmd.editing import editor_of
 from latent_dmmd.experiments.diagnosis import Diagnosis
 from latent_dmmd.forward import LinearInterpolant
 from latent_dmmd.latent_pipeline import FlowOptions
+from latent_dmmd.metrics.autoencoders import psnr_of
 from latent_dmmd.objective import DMMD, WitnessMatching
 from latent_dmmd.pipeline import load_pipeline
+from latent_dmmd.training.autoencoder import AutoencoderTrainingConfig, train_autoencoder
+from latent_dmmd.training.autoencoder.config import CropDataConfig
 from latent_dmmd.training.config import Config, parse_config
 from latent_dmmd.training.loop import train
 from latent_dmmd.training.trainer import Trainer, step_generators
@@ -277,8 +281,11 @@ WAYS = {
     "approximate": ("witness-matching", dict(sampler="approximate")),
     "hybrid": ("witness-matching", dict(sampler="hybrid")),
     "in chunks": ("witness-matching", dict(sampler="exact", chunk_size=3)),
+    "second order in chunks": ("witness-matching", dict(sampler="approximate", solver_order=2, chunk_size=3)),
+    "first order": ("witness-matching", dict(solver_order=1)),
     "constant step": ("witness-matching", dict(sampler="exact", step_size=0.1)),
-    "flow matching": ("flow-matching", {}),
+    "flow matching": ("flow-matching", dict(solver_order=2)),
+    "Euler": ("flow-matching", dict(solver_order=1)),
 }
 
 
@@ -418,6 +425,37 @@ def test_a_comparison_end_to_end(device, workshop, tmp_path, monkeypatch, toy):
     labels = {row["label"] for row in result["rows"]}
     assert labels == {"latent-dmmd exact", "latent-dmmd approximate", "latent-flow-matching", "gaussian"}
     assert all(math.isfinite(value) for row in result["rows"] for value in row["frechet_distance"])
+
+
+# autoencoders
+
+
+def autoencoder_run(workshop, folder, **options):
+    data = CropDataConfig(str(workshop / "images"), resolution=32, cache_dir=str(folder / "cache"))
+    how = dict(num_steps=4, checkpointing_steps=2, batch_size=4, crop_size=32, learning_rate=1e-2, width=8)
+    how |= dict(perceptual_weight=0.0, pooled_weight=0.0, adversarial_weight=0.1, adversarial_start=1)
+    return AutoencoderTrainingConfig(str(folder / "run"), data, mixed_precision="no", **how | options)
+
+
+def test_an_autoencoder_trained_there_is_that_of_the_cpu(device, workshop, tmp_path, monkeypatch):
+    saved = train_autoencoder(autoencoder_run(workshop, tmp_path))
+    run = saved.parent
+    lines = metrics(run)
+    resumed = tmp_path / "resumed"
+    shutil.copytree(run, resumed / "run")
+    for name in ("checkpoint-4", "autoencoder"):
+        shutil.rmtree(resumed / "run" / name)
+    train_autoencoder(autoencoder_run(workshop, resumed))
+    for before, after in zip(lines, metrics(resumed / "run"), strict=True):
+        assert after == pytest.approx(before, rel=RESUMED[device.type]["atol"])
+    there, here = (load_autoencoder(str(saved), where) for where in (device, CPU))
+    images_uint8 = torch.stack([load_images(str(workshop / "images"), 32)[i] for i in range(5)])
+    assert there.device.type == device.type
+    assert psnr_of(there, images_uint8) == pytest.approx(psnr_of(here, images_uint8), abs=0.01)
+    (tmp_path / "cpu").mkdir()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    train_autoencoder(autoencoder_run(workshop, tmp_path / "cpu"))
+    assert metrics(tmp_path / "cpu" / "run")[0] == pytest.approx(lines[0], rel=0.01)
 
 
 # for the record

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
-from conftest import frozen, random_embeddings, tiny_features, tiny_velocity
+from conftest import CALLERS, frozen, random_embeddings, tiny_features, tiny_velocity
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines import pipeline_utils
 from torch import nn
@@ -27,19 +27,20 @@ EXACT = dict(rtol=0, atol=1e-5)
 
 
 def build(cls, vae=None):
-    """A pipeline of random weights, with statistics and options of its own."""
+    """A pipeline of random weights, with statistics and options of its own, and steps of second order."""
     torch.manual_seed(0)
     statistics = dict(latents_mean=[0.1, 0.2, 0.3, 0.4], latents_std=[1.0, 2.0, 0.5, 1.5])
     options = dict(vae=vae or frozen("AutoencoderKL"), **statistics)
     if issubclass(cls, LatentDMMDPipeline):
         net = tiny_features(16, 4, num_classes=2)
         options |= dict(
-            class_names=["sound", "broken"], sampling=dict(sampler="exact", num_noise_levels=4, steps_per_level=1)
+            class_names=["sound", "broken"],
+            sampling=dict(sampler="exact", num_noise_levels=4, steps_per_level=1, solver_order=2),
         )
         pipe = cls(net, random_embeddings(num_classes=2), **options)
     else:
         net = tiny_velocity(16, 4)
-        pipe = cls(net, FlowMatchEulerDiscreteScheduler(), num_inference_steps=3, **options)
+        pipe = cls(net, FlowMatchEulerDiscreteScheduler(), num_inference_steps=3, solver_order=2, **options)
     for parameter in net.parameters():  # some begin at zero
         parameter.data += 0.05 * torch.randn_like(parameter)
     pipe.set_progress_bar_config(disable=True)
@@ -52,7 +53,7 @@ def generate(pipe, num_images=2, seed=0, **options):
     options = dict(generator=torch.Generator().manual_seed(seed), output_type="pt") | options
     if not isinstance(pipe, Editing):
         return pipe(num_images, **options).images
-    image = torch.rand(num_images, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    image = torch.rand(num_images, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float32)
     options = dict(num_inference_steps=4) | options
     if isinstance(pipe, Inpainting):
         return pipe(image, (image[:1, :1] > 0.5).float(), **options).images
@@ -152,6 +153,52 @@ def test_images_are_the_same_in_every_mode_of_autograd(pipe, folder, mode, made)
     torch.testing.assert_close(images, expected, **EXACT)
     torch.testing.assert_close(generate(pipe), expected, **EXACT)
     torch.testing.assert_close(generate(pipe.to(torch.bfloat16)), expected, **HALF[torch.bfloat16])
+
+
+@pytest.mark.parametrize("caller", CALLERS)
+def test_images_are_of_float32_whatever_the_caller_has_set(pipe, caller):
+    """Under autocast the networks run in half precision, as those of any pipeline, and nothing else does."""
+    expected, seen = generate(pipe), []
+    watch = dict(callback_on_step_end=lambda pipe, i, t, tensors: seen.append(tensors["latents"].dtype))
+    with CALLERS[caller]():
+        images = generate(pipe, **watch)
+    assert images.dtype == torch.float32 and set(seen) == {torch.float32}
+    torch.testing.assert_close(images, expected, **(HALF[torch.bfloat16] if caller == "autocast" else EXACT))
+    assert (caller == "autocast") == (not torch.allclose(images, expected, **EXACT))
+
+
+# steps
+
+
+@pytest.mark.parametrize("cls", BASES, ids=lambda cls: cls.__name__)
+def test_the_order_of_steps_is_the_pipelines_unless_it_is_given(pipe, folder):
+    first, second = (generate(pipe, solver_order=order) for order in (1, 2))
+    assert not torch.allclose(first, second, atol=1e-4)
+    made = type(pipe)(**pipe.components)
+    for other in (pipe, made, type(pipe).from_pipe(pipe), type(pipe).from_pretrained(folder), copy.deepcopy(pipe)):
+        assert torch.equal(generate(other), second) and torch.equal(generate(other, solver_order=1), first)
+    for order in (0, 3, "2"):
+        with pytest.raises(ValueError, match=f"solver_order must be 1 or 2; got {order!r}"):
+            generate(pipe, solver_order=order)
+
+
+@pytest.mark.parametrize("options", [dict(sampler="approximate"), dict(sampler="approximate", guidance_scale=2.0)])
+def test_several_classes_at_once_are_those_of_one_by_one(options):
+    pipe, z = build(LatentDMMDPipeline), torch.randn(4, 4, 16, 16)
+    pipe.flow_options, labels = FlowOptions(chunk_size=2), ["sound", "broken", 0, "sound"]
+    together = generate(pipe, 4, latents=z, class_labels=labels, **options)
+    alone = [generate(pipe, 1, latents=z[i : i + 1], class_labels=c, **options) for i, c in enumerate(labels)]
+    torch.testing.assert_close(together, torch.cat(alone), **EXACT)
+
+
+@pytest.mark.parametrize("cls", EDITORS + CLASSES[2:], ids=lambda cls: cls.__name__)
+def test_edits_are_of_first_order(pipe, monkeypatch):
+    def refuse(self, *_):
+        assert self.order == 1
+        return _[0]
+
+    monkeypatch.setattr("latent_dmmd.schedule.Multistep.__call__", refuse)
+    assert generate(pipe).isfinite().all()
 
 
 def test_components_of_inference_mode_are_taken():
@@ -274,7 +321,7 @@ def test_wrong_generators_are_refused_before_any_work(pipe, generator, message):
 
 def test_a_list_of_generators_gives_every_image_its_own(pipe):
     if isinstance(pipe, LatentDMMDPipeline):  # without interaction
-        pipe.register_to_config(sampling={"num_noise_levels": 4})
+        pipe.register_to_config(sampling={"num_noise_levels": 4, "solver_order": 2})
     together = generate(pipe, 2, generator=generators(2))
     if not isinstance(pipe, Editing):
         alone = torch.cat([generate(pipe, 1, generator=g) for g in generators(2)])
@@ -384,7 +431,7 @@ def test_another_pipeline_of_the_same_components_has_the_same_options(pipe, fold
     expected = generate(other.from_pipe(pipe))
     for components in (pipe.components, loaded.components, {**pipe.components, name: network}):
         made = other(**components)
-        for option in ("latents_mean", "latents_std", "sampling", "class_names", "num_inference_steps"):
+        for option in ("latents_mean", "latents_std", "sampling", "class_names", "num_inference_steps", "solver_order"):
             assert made.config.get(option) == pipe.config.get(option)
         torch.testing.assert_close(generate(made), expected, **EXACT)
     given = other(**pipe.components, latents_mean=[0.0] * 4)

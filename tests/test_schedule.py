@@ -1,5 +1,7 @@
 """The order of a flow's steps. `flow_schedule` itself is tested with the flows, in test_flow.py."""
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import moved, random_embeddings, tiny_features, tiny_velocity
@@ -99,6 +101,19 @@ def test_a_saved_pipeline_has_the_order_it_was_trained_with(tmp_path):
                 assert torch.equal(pipe(2, latents=z, solver_order=explicit, **how).images, images[name]) == same
 
 
+@pytest.mark.parametrize("sampler", ["approximate", "exact", "hybrid"])
+def test_a_flow_can_run_again(sampler):
+    """Its first step is of first order, also for other particles, and after a run that was interrupted."""
+    net, stored = moved(tiny_features()), random_embeddings(4)
+    z, steps = torch.randn(3, 2, 4, 4), flow_schedule(stored, 4, 2)
+    fresh = partial(get_flow, sampler, net, stored, solver_order=2)
+    flow = fresh()
+    flow.run(z, steps[:3])
+    for particles in (z, z, z[:2]):
+        assert torch.equal(flow.run(particles, steps), fresh().run(particles, steps))
+    assert not torch.equal(flow.run(z, steps), get_flow(sampler, net, stored).run(z, steps))
+
+
 def test_where_the_second_order_cannot_be_had():
     z, how = torch.randn(2, 2, 4, 4), dict(output_type="latent", num_inference_steps=4)
     pipe = LatentDMMDPipeline(tiny_features(), random_embeddings(4), sampling={"solver_order": 2})
@@ -111,3 +126,6 @@ def test_where_the_second_order_cannot_be_had():
     ddpm.set_progress_bar_config(disable=True)
     with pytest.raises(ValueError, match="solver_order=2 needs flow matching"):
         ddpm(2, latents=z, solver_order=2, **how)
+    other = LatentSchedulerPipeline(ddpm.network, DDIMScheduler(clip_sample=False), solver_order=2)
+    other.set_progress_bar_config(disable=True)
+    assert torch.equal(other(2, latents=z, **how).images, ddpm(2, latents=z, **how).images)

@@ -16,6 +16,7 @@ from latent_dmmd.methods.base import METHODS
 from latent_dmmd.pipeline import PIPELINES, read_index
 from latent_dmmd.schedule import SamplingDefaults
 from latent_dmmd.training.checkpoints import AVERAGES, MANIFEST, checkpoints_in, is_complete, step_of, steps_done
+from latent_dmmd.training.first_look import shared_words
 from latent_dmmd.utils.errors import ConfigError
 
 Facts = dict[str, object]  # lines by name; empty ones are left out
@@ -125,7 +126,7 @@ def autoencoder_run(folder: Path, config: dict) -> tuple[str, Facts]:
     complete, saved, wanted = checkpoints_in(folder), folder / "autoencoder", config.get("num_steps", "?")
     steps = step_in(complete[-1]) if complete else 0
     whole = (saved / "config.json").exists()
-    words = ["--data.name_or_path", str(data["name_or_path"]), "--data.resolution", str(data["resolution"])]
+    words = shared_words(group(config, "data"))
     words += ["--autoencoder.name_or_path", str(saved), "--output_dir", "runs/NAME"]
     facts = {
         "data": f"{data['name_or_path']}, {data['resolution']} pixels",

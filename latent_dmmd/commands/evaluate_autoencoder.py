@@ -36,6 +36,7 @@ def main(args: list[str] | None = None) -> None:
         default=["efficientnet-lite0"],
         help="Networks on whose features the Fréchet distance is measured.",
     )
+    parser.add_argument("--inception_weights", type=str | None, help="File of the weights of inception-v3.")
     args = parser.parse_args(args)
     if args.output is not None:
         check_writable(args.output)
@@ -47,8 +48,9 @@ def main(args: list[str] | None = None) -> None:
     skipped = images.skipped
     if args.part == "validation":
         images, name = Subset(images, validation_indices(len(images))), f"{name}, the tenth that is not trained on"
+    networks = dict(extractors=args.extractors, inception_weights=args.inception_weights)
     names = dict(autoencoder=args.autoencoder, data=name, skipped=skipped)
-    scores = evaluate_autoencoder(vae, images, extractors=args.extractors, **names)
+    scores = evaluate_autoencoder(vae, images, **networks, **names)
     if args.output is not None:
         scores.save(args.output)
     print(scores)

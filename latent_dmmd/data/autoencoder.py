@@ -14,6 +14,7 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny
 from einops import rearrange
 from torch import Tensor
 
+from latent_dmmd.utils.errors import did_you_mean
 from latent_dmmd.utils.images import to_pixels, to_uint8
 
 AUTOENCODERS = {cls.__name__: cls for cls in (AutoencoderKL, AutoencoderTiny, AutoencoderDC)}
@@ -43,6 +44,7 @@ def load_autoencoder(name_or_path: str, device: torch.device | str = "cpu") -> A
     except (OSError, ValueError) as error:
         raise ValueError(
             f"no autoencoder at {name_or_path!r}: give a folder with config.json, or a hub name that can be reached"
+            + autoencoder_near(name_or_path)
         ) from error
     class_name = config.get("_class_name")
     if class_name not in AUTOENCODERS:
@@ -57,6 +59,14 @@ def load_autoencoder(name_or_path: str, device: torch.device | str = "cpu") -> A
     if report["missing_keys"]:
         raise ValueError(f"the weights of {name_or_path!r} lack {', '.join(report['missing_keys'][:3])}")
     return freeze(vae.to(device))
+
+
+def autoencoder_near(name_or_path: str) -> str:
+    """The end of a message about a name that is no autoencoder's: "; did you mean …?" with one in that folder, which is
+    perhaps a run or a pipeline, or with a bundled one; "" if there is none."""
+    inside = (Path(name_or_path) / name for name in ("autoencoder", "vae", "pipeline/vae"))
+    found = next((str(path) for path in inside if (path / "config.json").is_file()), None)
+    return f"; did you mean {found}?" if found else did_you_mean(name_or_path, BUNDLED_AUTOENCODERS)
 
 
 def freeze(vae: Autoencoder) -> Autoencoder:
@@ -74,7 +84,13 @@ def encode_moments(vae: Autoencoder, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Two tensors with shape (B, C, h, w), in float32.
+
+    Raises:
+        ValueError: If images are not of whole latents.
     """
+    (height, width), factor = pixels.shape[2:], downsampling_of(vae)
+    if height % factor or width % factor:
+        raise ValueError(f"{width} × {height} pixels are not of whole latents; give a resolution that {factor} divides")
     output = vae.encode(pixels.to(vae.dtype))
     mean = mean_of(output).float()
     return mean, output.latent_dist.std.float() if hasattr(output, "latent_dist") else torch.zeros_like(mean)

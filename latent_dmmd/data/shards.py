@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from latent_dmmd.data.folders import printable
 from latent_dmmd.data.sources import ImageSource, OnBadImage
-from latent_dmmd.utils.errors import DataError
-from latent_dmmd.utils.files import default_cache_dir, write_aside, write_json
+from latent_dmmd.utils.errors import DataError, one_line
+from latent_dmmd.utils.files import check_folder, default_cache_dir, is_utf8, write_aside, write_json
 from latent_dmmd.utils.process import kept_state
 
 SHARD_SIZE = 512  # images in one file
@@ -61,6 +62,9 @@ def cache_folder(manifest: dict, cache_dir: str | Path | None) -> Path:
 def check_manifest(folder: Path, manifest: dict) -> bool:
     """Whether the folder holds a cache, begun or complete. Raises DataError if it is a cache of something else."""
     path = folder / "manifest.json"
+    if not is_utf8(folder) or (folder.exists() and not folder.is_dir()):
+        what = "a file" if is_utf8(folder) else "not UTF-8"
+        raise DataError(f"{printable(str(folder))} is {what}; pass another --data.cache_dir")
     if not path.exists():
         if folder.exists() and any(folder.iterdir()):
             raise DataError(f"{folder} is not empty and holds no latent cache; pass another --data.cache_dir")
@@ -121,8 +125,17 @@ def write_cache(
     """
     with kept_state(), PartialState().main_process_first():
         if not check_manifest(folder, manifest):
-            write_json(folder / "manifest.json", manifest)
+            begin_cache(folder, manifest)
         build_shards(folder, encode, source, batch_size, num_workers, manifest["shard_size"], what)
+
+
+def begin_cache(folder: Path, manifest: dict) -> None:
+    """Write the manifest of a cache into its folder, which is made. Raises OSError if it cannot be written."""
+    try:
+        check_folder(folder)
+        write_json(folder / "manifest.json", manifest)
+    except OSError as error:
+        raise OSError(f"{one_line(error)}; pass another --data.cache_dir") from error
 
 
 def build_shards(

@@ -22,6 +22,7 @@ from latent_dmmd.utils.files import write_json
 from latent_dmmd.utils.images import to_pixels, to_uint8
 
 BATCH_SIZE = 8
+INCEPTION = "inception-v3"
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class AutoencoderScores:
         lines += [f"  {what:<44}{figure}" for what, figure in self.rows()]
         if self.n < MIN_IMAGES:
             lines.append(f"  Fewer than {MIN_IMAGES} images have no Fréchet distance.")
-        elif self.n < SMALL_BELOW:
+        elif self.distances and self.n < SMALL_BELOW:
             lines.append(f"  Fréchet distances below n = {SMALL_BELOW} are biased upwards: compare at equal n only.")
         return "\n".join(lines)
 
@@ -144,6 +145,7 @@ def evaluate_autoencoder(
     autoencoder: str,
     data: str | None = None,
     extractors: Sequence[Extractor] = ("efficientnet-lite0",),
+    inception_weights: str | None = None,
     skipped: tuple[str, ...] = (),
     folder: str | Path | None = None,
 ) -> AutoencoderScores:
@@ -155,17 +157,22 @@ def evaluate_autoencoder(
         autoencoder: What to call it, a folder or a name on the hub.
         data: What to call the images.
         extractors: Networks whose features are compared.
+        inception_weights: As of `load_extractor`, for "inception-v3".
         skipped: Names of images that were left out.
         folder: Where its weights lie, if not in the folder `autoencoder`.
 
     Raises:
         DataError: If every image is of one colour.
         FloatingPointError: If latents or reconstructions are not finite.
-        ValueError, ImportError, OSError: As `load_extractor`; ValueError if reconstructions are of another size.
+        ValueError, ImportError, OSError: As `load_extractor`; ValueError if images are not of whole latents, or
+            reconstructions of another size.
     """
     start = time.perf_counter()
     check_varied(images, data)
-    nets = [load_extractor(name) for name in extractors if len(images) >= MIN_IMAGES]
+    if inception_weights is not None and INCEPTION not in extractors:
+        raise ValueError(f"--inception_weights needs --extractors [{INCEPTION}]")
+    weights = {INCEPTION: inception_weights}
+    nets = [load_extractor(name, weights.get(name)) for name in extractors if len(images) >= MIN_IMAGES]
     errors, features = [], [([], []) for _ in nets]
     hidden = not sys.stderr.isatty()
     for first in tqdm(range(0, len(images), BATCH_SIZE), desc="reconstructing", unit="batch", disable=hidden):

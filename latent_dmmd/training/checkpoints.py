@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from latent_dmmd.data.folders import printable
 from latent_dmmd.training.differences import differing_keys
 from latent_dmmd.utils.errors import ConfigError, one_line
-from latent_dmmd.utils.files import nearest_existing, put_in_place
+from latent_dmmd.utils.files import is_utf8, nearest_existing, probe, put_in_place
 
 MANIFEST, AVERAGES = "complete.json", "averages.safetensors"
 
@@ -33,9 +34,12 @@ def check_run_folder(config: object, may_differ: tuple[str, ...] = ()) -> Path:
         may_differ: Keys that may have changed since the run was started, besides those that never matter.
 
     Raises:
-        ConfigError: If it holds a run of another configuration, or foreign files, or is a file.
+        ConfigError: If it holds a run of another configuration, or foreign files, or is a file, or is not UTF-8:
+            nothing that is saved there could be loaded.
     """
     folder = Path(config.output_dir)
+    if not is_utf8(folder):
+        raise ConfigError(f"output_dir {printable(str(folder))} is not UTF-8; choose another --output_dir")
     saved = folder / "config.yaml"
     if saved.exists():
         harmless = (
@@ -60,8 +64,12 @@ def check_run_folder(config: object, may_differ: tuple[str, ...] = ()) -> Path:
 def prepare_run_folder(config: object, may_differ: tuple[str, ...] = ()) -> Path:
     """`check_run_folder`, and make the folder. Raises OSError if it cannot be made."""
     folder = check_run_folder(config, may_differ)
-    nearest_writable(folder, "output_dir")
-    folder.mkdir(parents=True, exist_ok=True)
+    there = nearest_writable(folder, "output_dir")
+    try:
+        probe(there)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a superuser has every permission, and /proc takes no file
+        raise OSError(f"cannot write {folder}: {one_line(error)}; pass another output_dir") from error
     return folder
 
 

@@ -31,12 +31,12 @@ def check_seed(name: str, seed: int) -> None:
     check(0 <= seed < 2**32, f"{name} must not be negative, and be below 2**32; got {seed}")
 
 
-def check_apart(output_dir: str, name_or_path: str) -> None:
-    """Raise ConfigError if a run folder lies in the folder of its data."""
+def check_apart(output_dir: str, name_or_path: str, key: str = "data.name_or_path") -> None:
+    """Raise ConfigError if a run folder lies in the folder of its data, which the key names."""
     images, output = Path(name_or_path).resolve(), Path(output_dir).resolve()
     check(
         not images.is_dir() or images not in (output, *output.parents),
-        f"output_dir {output_dir} lies in data.name_or_path {name_or_path}: the images of the run would become data; "
+        f"output_dir {output_dir} lies in {key} {name_or_path}: the images of the run would become data; "
         "choose another --output_dir",
     )
 

@@ -6,7 +6,6 @@ nothing is drawn, so a run goes on as it would without.
 
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
 from itertools import chain, islice
 from shlex import join
 from typing import NamedTuple
@@ -19,13 +18,14 @@ from latent_dmmd.data.folders import printable
 from latent_dmmd.data.shards import num_known, readable
 from latent_dmmd.data.sources import ImagesOrErrors, ImageSource, ImageStream, OnBadImage, counted
 from latent_dmmd.methods.base import METHODS, Method
-from latent_dmmd.training.autoencoder.config import AutoencoderTrainingConfig
+from latent_dmmd.training.autoencoder.config import FROM_SCRATCH, AutoencoderTrainingConfig
 from latent_dmmd.training.config import Config, DataConfig
 from latent_dmmd.utils.errors import DataError
 from latent_dmmd.utils.images import to_pixels
 
 NUM_IMAGES = 16
 LOW_PSNR = 24.0  # dB
+DOWNSAMPLING = FROM_SCRATCH["downsampling"]  # or half of it
 SHARED_KEYS = ("name_or_path", "resolution", "image_column", "on_bad_image")  # with `train-autoencoder`
 
 
@@ -126,13 +126,19 @@ def autoencoder_fit(vae: Autoencoder, images: dict[str, Tensor]) -> AutoencoderF
     return AutoencoderFit(sum(values) / len(values), len(values))
 
 
+def shared_words(data: dict[str, object]) -> list[str]:
+    """Options that name the same images, for `train` and for `train-autoencoder`, from the keys of a `DataConfig`."""
+    defaults = vars(DataConfig())
+    given = {key: data.get(key, defaults[key]) for key in SHARED_KEYS}
+    shown = {key: value for key, value in given.items() if key == "name_or_path" or value != defaults[key]}
+    return [word for key, value in shown.items() for word in (f"--data.{key}", printable(str(value)))]
+
+
 def training_command(data: DataConfig) -> str:
     """The command that trains an autoencoder on the same images, quoted for the shell."""
-    words = ["latent-dmmd", "train-autoencoder"]
-    for key in fields(data):
-        value = getattr(data, key.name)
-        if key.name == "name_or_path" or (key.name in SHARED_KEYS and value != key.default):
-            words += [f"--data.{key.name}", printable(str(value))]
+    words = ["latent-dmmd", "train-autoencoder", *shared_words(vars(data))]
+    if data.resolution % DOWNSAMPLING:
+        words += ["--downsampling", str(DOWNSAMPLING // 2)]
     if data.resolution < AutoencoderTrainingConfig.crop_size:
         words += ["--crop_size", str(data.resolution)]
     return join([*words, "--output_dir", "runs/autoencoder"])

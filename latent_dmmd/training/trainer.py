@@ -98,6 +98,7 @@ class Trainer:
 
     def step(self, step: int, particles: Particles) -> tuple[Terms, Tensor]:
         """One optimiser step: its loss and the norm of its gradient. Raises FloatingPointError, before the update."""
+        torch.clear_autocast_cache()  # which a caller's autocast keeps, with casts of the weights before
         batch = self.draw(particles, step)
         self.averaged()
         for group in self.optimizer.param_groups:

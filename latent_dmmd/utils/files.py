@@ -66,6 +66,14 @@ def put_in_place(aside: Path, path: Path) -> None:
         os.replace(aside, path)
 
 
+def is_utf8(path: str | Path) -> bool:
+    """Whether a path is UTF-8. One that is not holds files that safetensors writes and cannot read."""
+    try:
+        return bool(str(path).encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def nearest_existing(path: str | Path) -> Path:
     """What is there of a path: itself, or the nearest above it. A broken link is there, and is no folder."""
     path = Path(path)

@@ -99,8 +99,28 @@ def kept_state() -> Iterator[None]:
 
 
 @contextmanager
+def own_modes() -> Iterator[None]:
+    """Context in which float32 is the default, gradients are taken and nothing is autocast, whatever the caller set.
+
+    In a caller's `autocast` another one keeps its casts of weights: `torch.clear_autocast_cache()` when they change.
+    """
+    kind, dtype = default_device().type, torch.get_default_dtype()
+    autocast = torch.is_autocast_enabled(kind)
+    torch.set_default_dtype(torch.float32)
+    torch.set_autocast_enabled(kind, False)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_autocast_enabled(kind, autocast)
+
+
+@contextmanager
 def own_accelerator(mixed_precision: str = "auto", **options: object) -> Iterator[Accelerator]:
     """Context with an Accelerator that leaves no trace in the process, and with all cores on a CPU.
+
+    Neither the caller's default type nor a caller's `no_grad`, `inference_mode` or `autocast` counts in it.
 
     Args:
         mixed_precision: "auto", "no" or "bf16".
@@ -115,7 +135,7 @@ def own_accelerator(mixed_precision: str = "auto", **options: object) -> Iterato
             f"this process has an Accelerator of mixed precision {in_use}, and this call needs {precision}: pass "
             f"training.mixed_precision={in_use}, or call it where no Accelerator has been made"
         )
-    with kept_state(), kept_threads():
+    with kept_state(), kept_threads(), own_modes():
         accelerator = Accelerator(mixed_precision=precision, **options)
         check_distributed(accelerator.distributed_type)
         if accelerator.device.type == "cpu" and accelerator.num_processes == 1:

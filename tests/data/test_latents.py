@@ -47,6 +47,14 @@ def test_folder_without_autoencoder(tmp_path):
     assert "no autoencoder" in message(tmp_path)
 
 
+@pytest.mark.parametrize("inside", ["autoencoder", "vae", "pipeline/vae"])
+def test_the_autoencoder_in_a_folder_is_named(tiny_vae, tmp_path, inside):
+    """Of the folders of a run and of a pipeline, which are easily taken for it."""
+    tiny_vae.save_pretrained(tmp_path / inside)
+    assert message(tmp_path).endswith(f"; did you mean {tmp_path / inside}?")
+    assert message("elpv-vea").endswith("; did you mean elpv-vae?")
+
+
 def test_another_class_is_refused(tmp_path):
     UNet2DModel(
         8, block_out_channels=(4, 4), norm_num_groups=2, attention_head_dim=2, layers_per_block=1,

@@ -59,8 +59,32 @@ def test_what_is_not_finite_is_refused(each_vae, images):
         evaluate_autoencoder(each_vae, images, autoencoder="x")
 
 
+def test_images_that_are_not_of_whole_latents_are_refused(each_vae, tiny_images, tmp_path):
+    each_vae.save_pretrained(tmp_path / "vae")
+    for score in (
+        lambda: main([str(tmp_path / "vae"), str(tiny_images), "--resolution=31", "--part=validation"]),
+        lambda: reconstruct(each_vae, torch.zeros(1, 3, 31, 32, dtype=torch.uint8)),
+    ):
+        with pytest.raises(
+            ValueError, match=r"^3\d × 31 pixels are not of whole latents; give a resolution that 2 divid"
+        ):
+            score()
+
+
+def test_weights_of_inception_need_inception(tiny_vae, images, tmp_path):
+    arguments = dict(autoencoder="x", inception_weights=str(tmp_path / "missing.pth"))
+    with pytest.raises(ValueError, match=r"--inception_weights needs --extractors \[inception-v3\]"):
+        evaluate_autoencoder(tiny_vae, images, **arguments)
+    with pytest.raises(OSError, match="cannot read .*missing.pth"):
+        evaluate_autoencoder(tiny_vae, images, extractors=["inception-v3"], **arguments)
+
+
+def test_no_distance_is_spoken_of_where_none_was_asked_for(tiny_vae, images):
+    assert "distance" not in str(evaluate_autoencoder(tiny_vae, images, autoencoder="x", extractors=[]))
+
+
 def test_the_command_writes_what_it_prints(each_vae, tiny_images, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("latent_dmmd.metrics.autoencoders.load_extractor", lambda name: None)
+    monkeypatch.setattr("latent_dmmd.metrics.autoencoders.load_extractor", lambda *_: None)
     monkeypatch.setattr("latent_dmmd.metrics.autoencoders.features_of", lambda net, x: x.float().mean((2, 3)))
     folder, output = tmp_path / "vae", tmp_path / "out" / "scores.json"
     each_vae.save_pretrained(folder)

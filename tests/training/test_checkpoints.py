@@ -1,7 +1,9 @@
 """From which checkpoint a run goes on, and what a refusal says."""
 
 import os
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -136,6 +138,21 @@ def test_an_output_that_is_a_broken_link_or_below_one(arguments, tmp_path, below
     with pytest.raises(OSError) as caught:
         train(parse_config(Config, [*arguments, "--output_dir", str(tmp_path / "link" / below)]))
     assert str(caught.value).endswith(f"{tmp_path / 'link'} is a broken link; pass another output_dir")
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder that takes no file")
+def test_an_output_where_nobody_may_write(arguments):
+    with pytest.raises(OSError) as caught:
+        train(parse_config(Config, [*arguments, "--output_dir", "/proc/run"]))
+    assert re.fullmatch("cannot write /proc/run: .*; pass another output_dir", str(caught.value))
+
+
+def test_an_output_that_could_not_be_loaded(arguments, tmp_path):
+    """safetensors reads no path that is not UTF-8."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    with pytest.raises(ConfigError, match=r"caf\\xe9 is not UTF-8; choose another --output_dir"):
+        train(parse_config(Config, [*arguments, "--output_dir", str(folder)]))
+    assert not folder.exists()
 
 
 def test_an_output_without_permission(arguments, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
-from conftest import hide_accelerators, metrics
+from conftest import CALLERS, hide_accelerators, metrics
 from processes import ROOT, run
 
 from latent_dmmd.data.particles import cache_latents
@@ -58,6 +58,21 @@ def test_a_call_that_fails_leaves_nothing_behind(arguments, tmp_path):
     with pytest.raises(ValueError, match="no autoencoder"):
         train(parse_config(Config, [*arguments, "--autoencoder.name_or_path", str(tmp_path)]))
     assert not any(state._shared_state for state in STATES)
+
+
+@pytest.mark.parametrize("caller", CALLERS)
+def test_a_run_does_not_depend_on_what_the_caller_has_set(caller, arguments, tmp_path):
+    """In bf16, where another autocast around the steps would keep the casts of old weights."""
+    expected = metrics(train(config(arguments, "bf16", tmp_path / "alone")))
+
+    def modes():
+        return torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(), torch.get_default_dtype()
+
+    with CALLERS[caller]():
+        before = modes()
+        folder = train(config(arguments, "bf16", tmp_path / "inside"))
+        assert modes() == before
+    assert metrics(folder) == expected
 
 
 def test_caching_leaves_no_state_behind(tiny_vae, tiny_images, tmp_path):

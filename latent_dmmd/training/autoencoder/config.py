@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from latent_dmmd.nn.autoencoder import check_architecture
@@ -126,6 +127,12 @@ class AutoencoderTrainingConfig:
         check_networks(self.perceptual_networks)
         check_seed("seed", self.seed)
         check_apart(self.output_dir, self.data.name_or_path)
+        if self.validation is not None:
+            check_apart(self.output_dir, self.validation, "validation")
+        if self.data.cache_dir is not None:
+            output, cache = Path(self.output_dir).resolve(), Path(self.data.cache_dir).resolve()
+            apart = output not in (cache, *cache.parents)  # decoded before there is a run folder
+            check(apart, f"data.cache_dir {self.data.cache_dir} lies in output_dir; choose another --data.cache_dir")
 
     def resolve(self) -> None:
         """Fill in what depends on where training starts. Raises ConfigError for what would be ignored."""

@@ -4,10 +4,13 @@ The default is a small deep-compression autoencoder (Chen et al., 2025), of the 
 on random crops; `loss` has the loss. A saved AutoencoderKL, AutoencoderTiny or AutoencoderDC is fine-tuned
 alike: an AutoencoderKL on the mean of its posterior, with the noise of this loss in place of the posterior's own.
 
-The run folder holds `config.yaml`, `metrics.jsonl`, `reconstructions.png`, `checkpoint-{step}/`, and at the end
-`autoencoder/`. Running the same command again resumes, exactly: all randomness is keyed by (seed, step).
+The run folder holds `config.yaml`, `metrics.jsonl`, `reconstructions.png`, `checkpoint-{step}/`, `validation.json`, the
+names of images that are not trained on, and at the end `autoencoder/`. Running the same command again resumes, exactly:
+all randomness is keyed by (seed, step).
 """
 
+import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +21,9 @@ from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
 
 from latent_dmmd.data.autoencoder import Autoencoder, downsampling_of, reconstruct
+from latent_dmmd.data.folders import printable
 from latent_dmmd.data.pixels import cache_images, validation_indices
-from latent_dmmd.data.sources import describe, load_images
+from latent_dmmd.data.sources import counted, describe, load_images
 from latent_dmmd.metrics.autoencoders import check_varied, finite_reconstructions, psnr_of
 from latent_dmmd.metrics.extractors import load_extractor
 from latent_dmmd.metrics.sets import load_set
@@ -30,6 +34,7 @@ from latent_dmmd.training.checkpoints import (
     check_run_folder,
     checkpoint_to_resume,
     load_checkpoint,
+    nearest_writable,
     pass_over_incomplete,
     prepare_run_folder,
     save_checkpoint,
@@ -39,6 +44,7 @@ from latent_dmmd.training.config import save_config
 from latent_dmmd.training.loop import StopRequest
 from latent_dmmd.training.metrics_file import MetricsFile
 from latent_dmmd.utils.errors import ConfigError, DataError, check
+from latent_dmmd.utils.files import write_json
 from latent_dmmd.utils.images import labelled_grid, save_image
 from latent_dmmd.utils.process import own_accelerator
 
@@ -48,11 +54,13 @@ MAY_DIFFER = ("checkpointing_steps",)
 
 
 class Images(NamedTuple):
-    """Images to train on and to validate on, each uint8 with shape (3, R, R), and names of those that were skipped."""
+    """Images to train on and to validate on, each uint8 with shape (3, R, R); names of those that were skipped, and of
+    those of the data that are kept for validation."""
 
     training: Dataset[Tensor]
     validation: Dataset[Tensor]
     skipped: tuple[str, ...]
+    held_out: tuple[str, ...] = ()
 
     def measured(self) -> Tensor:
         """The validation images of a checkpoint, with shape (N, 3, R, R), N at most 64."""
@@ -84,7 +92,7 @@ def train_autoencoder_with(config: AutoencoderTrainingConfig, accelerator: Accel
     # initialise and validate
     count = accelerator.num_processes
     check(count == 1, f"an autoencoder is trained by one process, not {count}: start the command without a launcher")
-    check_run_folder(config, MAY_DIFFER)
+    nearest_writable(check_run_folder(config, MAY_DIFFER), "output_dir")
     vae, discriminator = build_networks(config)
     config.check_sizes(downsampling_of(vae))
     load_extractor()  # what is missing at the end is missed now
@@ -97,6 +105,7 @@ def train_autoencoder_with(config: AutoencoderTrainingConfig, accelerator: Accel
     pass_over_incomplete(accelerator, folder)
     save_config(config, folder / "config.yaml")
     first_step, resume_from = 0, checkpoint_to_resume(folder, "latest", config.num_steps)
+    keep_held_out(folder / "validation.json", images.held_out, config, resumed=resume_from is not None)
     if resume_from is not None:
         first_step = load_checkpoint(accelerator, trainer.vae, trainer.ema, resume_from)
         print(f"resuming from {resume_from}, at step {first_step}")
@@ -124,25 +133,49 @@ def load_training_images(config: AutoencoderTrainingConfig) -> Images:
     cache = cache_images(source, options.cache_dir, on_bad_image=options.on_bad_image, num_workers=options.num_workers)
     if cache.skipped:
         print(f"skipped {len(cache.skipped)} unreadable images: {', '.join(cache.skipped[:5])} …")
-    training = cache
+    training, held_out = cache, ()
     if validation is None:
-        held_out = validation_indices(len(cache))
-        validation = Subset(cache, held_out)
-        training = Subset(cache, sorted(set(range(len(cache))) - set(held_out)))
+        indices, left_out = validation_indices(len(cache)), set(cache.skipped)
+        names = [Path(name).name for name in source.names if name not in left_out]
+        held_out = tuple(names[i] for i in indices)
+        validation = Subset(cache, indices)
+        training = Subset(cache, sorted(set(range(len(cache))) - set(indices)))
     check_varied(cache, options.name_or_path)
     check_varied(validation, config.validation or f"the tenth of {options.name_or_path} for validation")
-    if len(training) < config.batch_size:
+    check_enough(len(training), config)
+    print(f"training on {counted(len(training), 'image')}, validation on {counted(len(validation), 'other')}")
+    return Images(training, validation, cache.skipped, held_out)
+
+
+def check_enough(num_images: int, config: AutoencoderTrainingConfig) -> None:
+    """Raise DataError for fewer images to train on than a batch has."""
+    name = printable(config.data.name_or_path)
+    if not num_images:
+        raise DataError(f"the one image of {name} is for validation; give more images, or others as --validation")
+    if num_images < config.batch_size:
         raise DataError(
-            f"{len(training)} images of {options.name_or_path} to train on are fewer than batch_size="
-            f"{config.batch_size}; give more images, or a smaller --batch_size"
+            f"batch_size={config.batch_size} exceeds the {counted(num_images, 'image')} of {name} to train on; give "
+            f"more, or --batch_size {num_images}"
         )
-    print(f"training on {len(training)} images, validation on {len(validation)} others")
-    return Images(training, validation, cache.skipped)
+
+
+def keep_held_out(path: Path, held_out: tuple[str, ...], config: AutoencoderTrainingConfig, resumed: bool) -> None:
+    """Write the names of the images that are kept for validation.
+
+    Raises ConfigError if a run is resumed that kept others, since it may have been trained on these.
+    """
+    if resumed and path.exists() and json.loads(path.read_text()) != list(held_out):
+        raise ConfigError(
+            f"the images of {printable(config.data.name_or_path)} have changed since {path.parent} was begun: those "
+            "for validation may have been trained on; choose another --output_dir"
+        )
+    write_json(path, held_out)
 
 
 def refuse_overlap(training: list[str], validation: list[str], config: AutoencoderTrainingConfig) -> None:
     """Raise DataError if images to validate on are trained on."""
-    both = set(training) & set(validation)
+    seen = set(map(os.path.realpath, training))
+    both = [name for name in validation if os.path.realpath(name) in seen]
     if both:
         raise DataError(
             f"{len(both)} of the images of validation {config.validation} are images of data.name_or_path "

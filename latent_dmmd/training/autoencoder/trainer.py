@@ -78,6 +78,7 @@ class AutoencoderTrainer:
     def step(self, step: int, images: Dataset) -> dict[str, Tensor]:
         """One step of both networks: the named terms. Raises FloatingPointError, before the update."""
         config, accelerator = self.config, self.accelerator
+        torch.clear_autocast_cache()  # which a caller's autocast keeps, with casts of the weights before
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, config, floor=0.05)

@@ -9,13 +9,15 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from conftest import BUILDERS, frozen, metrics
+from conftest import BUILDERS, CALLERS, frozen, metrics
 from PIL import Image
 from safetensors.torch import load_file
 
+from latent_dmmd.apps.info import describe_folder
 from latent_dmmd.commands import evaluate_autoencoder
 from latent_dmmd.commands.train_autoencoder import main
 from latent_dmmd.data.autoencoder import BUNDLED_AUTOENCODER, encode_moments, load_autoencoder
+from latent_dmmd.data.pixels import validation_indices
 from latent_dmmd.metrics.autoencoders import psnr_of
 from latent_dmmd.nn.autoencoder import build_autoencoder
 from latent_dmmd.training.autoencoder import AutoencoderTrainingConfig, loop, train_autoencoder
@@ -26,6 +28,7 @@ from latent_dmmd.training.autoencoder.trainer import AutoencoderTrainer
 from latent_dmmd.training.config import parse_config
 from latent_dmmd.utils.errors import ConfigError, DataError
 
+NOT_UTF8 = os.fsdecode(b"caf\xe9")
 SMALL = dict(latent_channels=4, width=8, downsampling=8)
 NO_NETWORK = dict(perceptual_weight=0.0, pooled_weight=0.0)
 
@@ -109,6 +112,17 @@ def test_stopped_and_resumed_is_as_in_one_go(config, monkeypatch, adversarial_we
     assert all(torch.equal(saved_files[0][key], saved_files[1][key]) for key in saved_files[0])
 
 
+@pytest.mark.parametrize("caller", CALLERS)
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_what_is_saved_does_not_depend_on_what_the_caller_has_set(config, caller, precision):
+    how = dict(mixed_precision=precision, learning_rate=1e-2)
+    alone = train_autoencoder(config("alone", **how))
+    with CALLERS[caller]():
+        inside = train_autoencoder(config("inside", **how))
+    saved = [load_file(folder / "diffusion_pytorch_model.safetensors") for folder in (alone, inside)]
+    assert all(torch.equal(weight, saved[1][name]) for name, weight in saved[0].items())
+
+
 @pytest.mark.parametrize("class_name", BUILDERS)
 @pytest.mark.parametrize("trains", ["both", "decoder"])
 def test_fine_tuning_keeps_the_class_and_with_the_decoder_alone_the_latents(config, tmp_path, class_name, trains):
@@ -155,8 +169,44 @@ def test_other_images_validate(config, tiny_images, tmp_path):
     assert len(images.training) == 10 and len(images.validation) == 2
     shutil.copy(others / "00.png", tiny_images / "00.png")
     assert len(load_training_images(config(validation=str(others), data=dict(cache_dir=None))).training) == 11
-    with pytest.raises(DataError, match="11 of the images of validation .* give images that are not trained on"):
-        load_training_images(config(validation=str(tiny_images)))
+    (tmp_path / "link").symlink_to(tiny_images)
+    for same in (tiny_images, f"{tiny_images.parent}/./images", tmp_path / "link"):
+        with pytest.raises(DataError, match="11 of the images of validation .* give images that are not trained on"):
+            load_training_images(config(validation=str(same)))
+
+
+def test_a_resumed_run_validates_on_what_it_was_not_trained_on(config, tiny_images):
+    options = config(data=dict(cache_dir=None))
+    folder = train_autoencoder(options)
+    held_out = json.loads((folder.parent / "validation.json").read_text())
+    card = (folder / "README.md").read_bytes()
+    assert held_out == [f"{validation_indices(12)[0]:02d}.png"]
+    shutil.copy(tiny_images / "00.png", tiny_images / "12.png")  # drawn among thirteen, it is another
+    assert [f"{i:02d}.png" for i in validation_indices(13)] != held_out
+    text = refusal(lambda: config(data=dict(cache_dir=None)))
+    assert "have changed since" in text and "choose another --output_dir" in text
+    assert json.loads((folder.parent / "validation.json").read_text()) == held_out
+    assert (folder / "README.md").read_bytes() == card
+    (tiny_images / "12.png").unlink()
+    assert train_autoencoder(options) == folder
+
+
+@pytest.mark.parametrize("count, message", [(1, "the one image of .* is for validation"), (2, "--batch_size 1$")])
+def test_too_few_images_are_told_apart(config, tiny_images, count, message):
+    for path in sorted(tiny_images.iterdir())[count:]:
+        path.unlink()
+    with pytest.raises(DataError, match=message):
+        train_autoencoder(config())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_image_is_enough_if_others_validate(config, tiny_images, tmp_path, count):
+    others = tmp_path / "others"
+    others.mkdir()
+    for path in sorted(tiny_images.iterdir())[count:]:
+        path.rename(others / path.name)
+    folder = train_autoencoder(config(validation=str(others), batch_size=1, num_steps=1))
+    assert f"{12 - count} images" in (folder / "README.md").read_text()
 
 
 def test_checkpoints_measure_the_averaged_weights(config):
@@ -223,7 +273,7 @@ def refusal(build, error=(ConfigError, DataError)):
         (dict(init_from="x", width=16, latent_channels=4), "latent_channels, width: the architecture is that of init"),
         (dict(init_from="x", trains="decoder", latent_weight=0.1), "latent_weight has nothing to pull at"),
         (dict(init_from="nowhere"), "init_from: no autoencoder at 'nowhere'"),
-        (dict(batch_size=12), "11 images of .* to train on are fewer than batch_size=12"),
+        (dict(batch_size=12), "batch_size=12 exceeds the 11 images of .* give more, or --batch_size 11"),
         (dict(batch_size=0), "batch_size must be positive"),
         (dict(batch_size=1, crop_size=8), "a batch is one latent, which has no deviation"),
         (dict(gradient_weight=float("nan")), "gradient_weight must be finite"),
@@ -232,10 +282,17 @@ def refusal(build, error=(ConfigError, DataError)):
         (dict(ema_decay=1.0), "ema_decay must be in"),
         (dict(seed=-1), "seed must not be negative"),
         (dict(run="images/run"), "output_dir .* lies in data.name_or_path"),
+        (dict(run="images/run", data=dict(name_or_path="x"), validation="images"), "output_dir .* lies in validation"),
+        (dict(data=dict(cache_dir="run/cache")), "data.cache_dir .* lies in output_dir"),
+        (dict(data=dict(cache_dir="run")), "data.cache_dir .* lies in output_dir"),
+        (dict(data=dict(cache_dir="images/00.png")), "images/00.png is a file; pass another --data.cache_dir"),
+        (dict(data=dict(cache_dir=NOT_UTF8)), r"caf\\xe9 is not UTF-8; pass another --data.cache_dir"),
+        (dict(run=NOT_UTF8), r"output_dir .*caf\\xe9 is not UTF-8; choose another --output_dir"),
     ],
     ids=lambda value: None if isinstance(value, str) else str(value),
 )
-def test_what_cannot_be_is_one_line_and_leaves_nothing(config, tmp_path, options, message):
+def test_what_cannot_be_is_one_line_and_leaves_nothing(config, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises((ConfigError, DataError), match=message):
         train_autoencoder(config(**options))
     assert refusal(lambda: config(**options))
@@ -275,11 +332,17 @@ def test_a_run_folder_of_other_settings_is_refused(config):
 def test_the_command_says_what_is_next(config, tiny_images, tmp_path, capsys):
     keys = dict(num_steps=1, batch_size=2, crop_size=16, mixed_precision="no", **NO_NETWORK, **SMALL)
     words = [f"--data.name_or_path={tiny_images}", f"--data.cache_dir={tmp_path / 'cache'}", "--data.resolution=32"]
-    words += [f"--output_dir={tmp_path / 'run'}", *(f"--{name}={value}" for name, value in keys.items())]
+    words += [
+        f"--output_dir={tmp_path / 'run'}",
+        "--data.on_bad_image=skip",
+        *(f"--{name}={value}" for name, value in keys.items()),
+    ]
     main(words)
     out = capsys.readouterr().out
     assert f"autoencoder: {tmp_path / 'run' / 'autoencoder'}\n" in out and "data: 12 images" in out
-    assert f"latent-dmmd train --data.name_or_path {tiny_images} --autoencoder.name_or_path" in out
+    read = f"--data.name_or_path {tiny_images} --data.resolution 32 --data.on_bad_image skip"
+    assert f"latent-dmmd train {read} --autoencoder.name_or_path" in out
+    assert f"latent-dmmd train {read} --autoencoder.name_or_path" in describe_folder(tmp_path / "run")
     with pytest.raises(ConfigError, match="no such key: data.horizontal_flips; did you mean data.horizontal_flip"):
         parse_config(AutoencoderTrainingConfig, ["--data.horizontal_flips", "true"])
 
