@@ -8,7 +8,7 @@ from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 
 from latent_dmmd.commands import command_parser
-from latent_dmmd.data.autoencoder import BUNDLED_AUTOENCODERS, load_autoencoder
+from latent_dmmd.data.autoencoder import bundled_for, load_autoencoder
 from latent_dmmd.data.sources import OnBadImage, load_images
 from latent_dmmd.metrics.evaluation import evaluate
 from latent_dmmd.metrics.extractors import Reconstructions
@@ -61,12 +61,6 @@ def main(args: list[str] | None = None) -> None:
     for line in scores.remarks():
         print(f"warning: {line}", file=sys.stderr)
     print(scores)
-
-
-def bundled_for(reference: str) -> str | None:
-    """The bundled autoencoder of a data set with a name; None for other images."""
-    name = f"{reference.partition(':')[0]}-vae"
-    return name if name in BUNDLED_AUTOENCODERS else None
 
 
 def check_outputs(args: Namespace) -> None:

@@ -115,6 +115,12 @@ def autoencoder_folder(name_or_path: str) -> Path:
     return BUNDLED_AUTOENCODERS.get(name_or_path, Path(name_or_path))
 
 
+def bundled_for(data: str) -> str | None:
+    """The bundled autoencoder of a data set with a name, such as "openmoji:train"; None for other images."""
+    name = f"{data.partition(':')[0]}-vae"
+    return name if name in BUNDLED_AUTOENCODERS else None
+
+
 def trained_on(name_or_path: str | None) -> str | None:
     """The data set with a name that a bundled autoencoder has seen; None for others."""
     return name_or_path.removesuffix("-vae") if name_or_path in BUNDLED_AUTOENCODERS else None

@@ -13,7 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from latent_dmmd.data.autoencoder import Autoencoder, check_finite_images, decode_pixels, encode_moments, psnr
+from latent_dmmd.data.autoencoder import (
+    Autoencoder,
+    bundled_for,
+    check_finite_images,
+    decode_pixels,
+    encode_moments,
+    psnr,
+)
 from latent_dmmd.data.folders import printable
 from latent_dmmd.data.shards import num_known, readable
 from latent_dmmd.data.sources import ImagesOrErrors, ImageSource, ImageStream, OnBadImage, counted
@@ -64,10 +71,17 @@ def first_look(vae: Autoencoder | None, source: ImageSource, config: Config) -> 
     lines.append(f"autoencoder: {fit}")
     if fit.psnr < LOW_PSNR:
         lines.append(
-            f"note: below {LOW_PSNR:.0f} dB these images are outside what the autoencoder knows; to train one on them: "
-            + training_command(config.data)
+            f"note: below {LOW_PSNR:.0f} dB these images are outside what the autoencoder knows; {advice(config)}"
         )
     return lines, fit
+
+
+def advice(config: Config) -> str:
+    """What to do about an autoencoder that does not know the images: take a bundled one that does, or train one."""
+    bundled = bundled_for(config.data.name_or_path)
+    if bundled not in (None, config.autoencoder.name_or_path):
+        return f"one that knows them: --autoencoder.name_or_path {bundled}"
+    return f"to train one on them: {training_command(config.data)}"
 
 
 def read_each(source: ImageSource, indices: list[int] | None = None) -> Iterator[tuple[str, Tensor | DataError]]:

@@ -97,6 +97,15 @@ def test_a_fit_that_is_low_names_the_command(say, workshop, tiny_images):
     assert (config.data.name_or_path, config.data.resolution) == (str(folder), 32)
 
 
+def test_a_bundled_autoencoder_that_knows_the_images_is_named():
+    config = parse_config(Config, ["--data.name_or_path", "openmoji:fit"])
+    assert first_look.advice(config) == "one that knows them: --autoencoder.name_or_path openmoji-vae"
+    for words in (["--data.name_or_path", "openmoji", "--autoencoder.name_or_path", "openmoji-vae"], []):
+        assert first_look.advice(parse_config(Config, words)).startswith(
+            "to train one on them: latent-dmmd train-autoencoder"
+        )
+
+
 @pytest.mark.parametrize("error, low", [(0.0, False), (0.05, False), (0.5, True)])
 def test_only_a_low_fit_is_noted(say, monkeypatch, error, low):
     perfect(monkeypatch, error)
