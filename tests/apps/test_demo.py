@@ -47,7 +47,9 @@ def address(tmp_path_factory):
     finally:
         server.kill()
         server.wait()
-    assert "Traceback" not in (folder / "log").read_text(), (folder / "log").read_text()
+    # a page that closes while it sends an image is no fault of the server's
+    faults = [part for part in (folder / "log").read_text().split("Traceback")[1:] if "ClientDisconnect" not in part]
+    assert not faults, faults[0]
 
 
 @pytest.fixture
