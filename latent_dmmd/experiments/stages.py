@@ -59,6 +59,7 @@ from latent_dmmd.utils.images import to_uint8
 from latent_dmmd.utils.process import default_device
 
 DECODED_AT_ONCE = 32
+NOT_SCORED = {"scored": None, "sets": [], "images": []}
 Draw = Callable[[int, torch.Generator], Tensor]
 
 
@@ -110,17 +111,19 @@ def cost_config(comparison: Comparison, entry: str) -> Config:
 
 
 def finish_run(comparison: Comparison, run: Run, costs: dict[str, dict], scorer: Scorer) -> None:
-    """Train, sample and score a run, and leave what others need of it. What it left before is not done again."""
+    """Train a run and leave its pipeline; sample, score and leave its scores. What it left before is not done again."""
     found, loaded = finished(comparison, run), run.name in comparison.config.trained
     asked = [(sets.label, *key) for sets in comparison.sets(run, "") for key in sets.files]
     if holds_sets(comparison, found, asked):
         return
     facts, folder = obtain(comparison, run, found, costs, scorer)
+    scores = {"name": run.name, "entry": run.entry, "training_seed": run.seed, "machine": machine(), **facts}
+    if found is None and not loaded:
+        write_run(comparison, run, scores | NOT_SCORED, folder, {})  # another machine can score it
     all_sets = comparison.sets(run, "trained" if loaded else f"{facts['num_steps']}-steps")
     scored = make_sets(scorer, run.name, all_sets, drawing(folder), str(folder) if loaded else run.name)
     is_first = run == first_run(comparison, run.entry)
     grids, images = show_sets(comparison, scorer, run.entry, all_sets) if is_first else ({}, [])
-    scores = {"name": run.name, "entry": run.entry, "training_seed": run.seed, "machine": machine(), **facts}
     scores |= {"scored": scored_as(comparison), "sets": scored, "images": images}
     write_run(comparison, run, scores, None if loaded else folder, grids)
 

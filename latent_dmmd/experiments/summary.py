@@ -70,7 +70,8 @@ def finished_runs(comparison: Comparison) -> list[dict]:
     for run in comparison.config.runs:
         scores = finished(comparison, run)
         if scores is None or scores.get("scored") != scored_as(comparison):
-            print(f"{run.name}: {'scored otherwise' if scores else 'not finished'}, left out")
+            why = "not finished" if scores is None else "scored otherwise" if scores.get("scored") else "not scored yet"
+            print(f"{run.name}: {why}, left out")
         else:
             found.append(scores)
     gaussian = read_finished(comparison.export_dir / GAUSSIAN)

@@ -311,6 +311,23 @@ def test_a_killed_comparison_goes_on_where_it_was(settings, monkeypatch):
     assert [point["num_steps"] for point in scores["curve"]] == [2] and scores["num_steps"] == 4
 
 
+def test_a_trained_run_is_scored_elsewhere(elsewhere, finished_once, tools, monkeypatch, tmp_path, capsys):
+    """What is trained is left before it is scored, and is no result before."""
+    shutil.rmtree(Comparison(CompareConfig(**elsewhere)).export_dir / "latent-dmmd-seed-1")
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "drawing", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(stages, "show_sets", None)
+        settings = {**elsewhere, "milestones": [], "only": ["latent-dmmd-seed-1"]}
+        with pytest.raises(KeyboardInterrupt):
+            run_comparison(Comparison(CompareConfig(**settings)))
+    summarise(Comparison(CompareConfig(**elsewhere, rebuild=True)))
+    assert "latent-dmmd-seed-1: not scored yet, left out" in capsys.readouterr().out
+
+    monkeypatch.setattr(stages, "train_and_measure", None)
+    result = run_comparison(Comparison(CompareConfig(**{**elsewhere, "output_dir": str(tmp_path / "third")})))
+    assert plain(result["rows"]) == plain(finished_once[1]["rows"])
+
+
 def test_more_steps_go_on(settings):
     settings |= {"include": ["latent-dmmd", "latent-flow-matching"], "training_seeds": {}, "nfe": [2], "seeds": [0]}
     settings |= {"milestones": [], "second_extractor": None}
