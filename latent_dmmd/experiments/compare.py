@@ -54,7 +54,7 @@ class CompareConfig:
         batch_size: Images generated at once, at most; the particles of the exact sampler interact within them.
         nfe: Numbers of function evaluations.
         seeds: Sampling seeds of each set.
-        few: Entries that are sampled at `few_nfe` only.
+        few: Entries, or ways of sampling such as `latent-dmmd exact`, of which there are sets at `few_nfe` alone.
         few_nfe: See `few`.
         one_seed_from: NFE from which on the first seed alone is used.
         dmmd: The entry in question.
@@ -146,7 +146,7 @@ class CompareConfig:
             check(0 < len(seeds) == len(set(seeds)), f"training_seeds.{name} must be different numbers; got {seeds}")
             for seed in seeds:
                 check_seed(f"training_seeds.{name}", seed)
-        named = (*self.few, *(self.include or ()), *self.training_seeds)
+        named = (*(name.split(" ")[0] for name in self.few), *(self.include or ()), *self.training_seeds)
         unknown = [name for name in named if name not in self.entries]
         check(not unknown, f"{', '.join(unknown)} not among entries: {', '.join(self.entries)}")
         names = [run.name for run in self.runs]
@@ -161,7 +161,7 @@ class CompareConfig:
         if self.include is None:
             return
         self.entries = {name: keys for name, keys in self.entries.items() if name in self.include}
-        self.few = [name for name in self.few if name in self.include]
+        self.few = [name for name in self.few if name.split(" ")[0] in self.include]
         self.training_seeds = {name: seeds for name, seeds in self.training_seeds.items() if name in self.include}
         names = [run.name for run in self.runs]
         self.trained = {name: folder for name, folder in self.trained.items() if name in names}
@@ -254,6 +254,9 @@ class Comparison:
         self.entries = {run.entry: self.configs[run.name] for run in reversed(self.runs)}
         if self.entries[config.dmmd].autoencoder.name_or_path is None:
             raise ConfigError(f"dmmd={config.dmmd} is on pixels; name an entry with an autoencoder")
+        known = [*self.entries, *(label for entry in self.entries for label in self.ways(entry))]
+        unknown = [name for name in config.few if name not in known]
+        check(not unknown, f"few: {', '.join(unknown)} not among {', '.join(known)}")
         for folder in config.trained.values():
             read_index(folder)
 
@@ -302,12 +305,12 @@ class Comparison:
         samplers = samplers[:1] if entry in self.config.few else samplers
         return {f"{entry} {sampler}".strip(): options for sampler, options in samplers}
 
-    def nfe_and_seeds(self, entry: str) -> list[tuple[int, int]]:
-        """NFE and sampling seed of every set of a run of an entry."""
+    def nfe_and_seeds(self, entry: str, label: str) -> list[tuple[int, int]]:
+        """NFE and sampling seed of every set of a run of an entry that is sampled in one way."""
         config = self.config
         if self.entries[entry].method.one_step:
             numbers = [1]
-        elif entry in config.few:
+        elif entry in config.few or label in config.few:
             numbers = list(config.few_nfe)
         else:
             numbers = list(config.nfe)
@@ -320,12 +323,15 @@ class Comparison:
         ]
 
     def sets(self, run: Run, state: str, milestone: bool = False) -> list[Sets]:
-        """The sets of a run in a state, such as "100-steps"; at a milestone one of each way."""
-        numbers = self.nfe_and_seeds(run.entry)
-        if milestone:
-            numbers = [(1 if self.entries[run.entry].method.one_step else self.config.milestone_nfe, numbers[0][1])]
+        """The sets of a run in a state, such as "100-steps"; at a milestone one of each way that has more than few."""
         found = []
         for label, options in self.ways(run.entry).items():
+            numbers = self.nfe_and_seeds(run.entry, label)
+            if milestone:
+                one_step = self.entries[run.entry].method.one_step
+                numbers = [(1 if one_step else self.config.milestone_nfe, numbers[0][1])]
+                if label in self.config.few and label != run.entry:
+                    continue
             folder = self.folder / "samples" / (run.name + label.removeprefix(run.entry).replace(" ", "-")) / state
             files = {(nfe, seed): folder / f"nfe-{nfe}-seed-{seed}.safetensors" for nfe, seed in numbers}
             found.append(Sets(label, options, files))

@@ -390,6 +390,16 @@ def test_data_with_a_name_bring_splits_and_autoencoder(data):
     assert config.reference == f"{data}:validation"
 
 
+def test_a_way_of_sampling_may_have_few_sets(settings):
+    settings |= {"few": ["latent-dmmd exact", "pixel-dmmd"], "nfe": [2, 5, 10]}
+    comparison = Comparison(CompareConfig(**settings))
+    run = comparison.runs[0]
+    assert run.entry == "latent-dmmd"
+    numbers = {sets.label: {nfe for nfe, _ in sets.files} for sets in comparison.sets(run, "trained")}
+    assert numbers == {"latent-dmmd exact": {10}, "latent-dmmd approximate": {2, 5, 10}}
+    assert [sets.label for sets in comparison.sets(run, "1-steps", milestone=True)] == ["latent-dmmd approximate"]
+
+
 def test_batches_are_bounded_and_even():
     for count, largest in ((1024, 128), (6, 4), (129, 128), (4, 128)):
         sizes = batch_sizes(count, largest)
@@ -455,6 +465,7 @@ def test_perfect_latents_are_scored_at_the_same_number_and_in_both_directions(re
         ({"entries": {}}, "at least one"),
         ({"entries": {"../x": {}}}, "letters, digits"),
         ({"few": ["other"]}, "other not among entries"),
+        ({"few": ["latent-dmmd slow"]}, "few: latent-dmmd slow not among .*latent-dmmd exact, latent-dmmd approximate"),
         ({"baseline": "other"}, "other not among entries"),
         ({"dmmd": "pixel-dmmd"}, "on pixels"),
         ({"entries": {"latent-dmmd": {"training": {"num_step": 3}}, "latent-flow-matching": {}}}, "did you mean"),
