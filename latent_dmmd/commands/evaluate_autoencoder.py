@@ -18,7 +18,7 @@ from latent_dmmd.utils.process import default_device
 
 def main(args: list[str] | None = None) -> None:
     parser = command_parser("evaluate-autoencoder")
-    parser.add_argument("autoencoder", help="Folder or hub name of an autoencoder; or elpv-vae, openmoji-vae.")
+    parser.add_argument("autoencoder", help="Folder, hub name or bundled name of an autoencoder, such as elpv-vae.")
     parser.add_argument("data", help="Images: a folder, parquet files, elpv:heldout or a name on the hub.")
     parser.add_argument("--output", type=str | None, help="JSON file of the figures.")
     parser.add_argument(

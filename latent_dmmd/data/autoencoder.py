@@ -23,7 +23,12 @@ Autoencoder = AutoencoderKL | AutoencoderTiny | AutoencoderDC
 ROUNDING_ERROR = (2 / 255) ** 2 / 12  # mean square of rounding pixels in [-1, 1] to 8 bits
 BUNDLED_AUTOENCODER = "elpv-vae"  # a name, so that saved configurations hold on every machine
 ASSETS = Path(str(files("latent_dmmd"))) / "assets"
-BUNDLED_AUTOENCODERS = {BUNDLED_AUTOENCODER: ASSETS / "elpv-dmmd" / "vae", "openmoji-vae": ASSETS / "openmoji-vae"}
+BUNDLED_AUTOENCODERS = {
+    BUNDLED_AUTOENCODER: ASSETS / "elpv-dmmd" / "vae",
+    "elpv-vae-f16c16": ASSETS / "elpv-vae-f16c16",  # 16 × 16 pixels to one latent of 16 channels
+    "openmoji-vae": ASSETS / "openmoji-vae",
+}
+BUNDLED_FOR = {"elpv": BUNDLED_AUTOENCODER, "openmoji": "openmoji-vae"}
 
 
 def load_autoencoder(name_or_path: str, device: torch.device | str = "cpu") -> Autoencoder:
@@ -31,7 +36,7 @@ def load_autoencoder(name_or_path: str, device: torch.device | str = "cpu") -> A
 
     Args:
         name_or_path: A folder that `save_pretrained` wrote, a name on the hub, or a bundled one's: "elpv-vae",
-            "openmoji-vae".
+            "elpv-vae-f16c16", "openmoji-vae".
         device: Where to put it.
 
     Raises:
@@ -117,13 +122,12 @@ def autoencoder_folder(name_or_path: str) -> Path:
 
 def bundled_for(data: str) -> str | None:
     """The bundled autoencoder of a data set with a name, such as "openmoji:train"; None for other images."""
-    name = f"{data.partition(':')[0]}-vae"
-    return name if name in BUNDLED_AUTOENCODERS else None
+    return BUNDLED_FOR.get(data.partition(":")[0])
 
 
 def trained_on(name_or_path: str | None) -> str | None:
     """The data set with a name that a bundled autoencoder has seen; None for others."""
-    return name_or_path.removesuffix("-vae") if name_or_path in BUNDLED_AUTOENCODERS else None
+    return name_or_path.partition("-vae")[0] if name_or_path in BUNDLED_AUTOENCODERS else None
 
 
 def decode_pixels(vae: Autoencoder, latents: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import yaml
 
-from latent_dmmd.data.autoencoder import BUNDLED_AUTOENCODERS
+from latent_dmmd.data.autoencoder import bundled_for
 from latent_dmmd.data.sources import load_images
 from latent_dmmd.methods.base import method_class
 from latent_dmmd.methods.witness_matching import WitnessMatchingConfig
@@ -170,8 +170,7 @@ class CompareConfig:
         """Name the images and the autoencoder by `data` and `splits` where nothing else is said."""
         train, heldout = self.splits
         named = {"data": {"name_or_path": f"{self.data}:{train}"}}
-        if f"{self.data}-vae" in BUNDLED_AUTOENCODERS:
-            named["autoencoder"] = {"name_or_path": f"{self.data}-vae"}
+        named["autoencoder"] = {"name_or_path": bundled_for(self.data)}
         self.common = merged(named, self.common)
         if self.reference is None:
             self.reference = f"{self.data}:{heldout}"

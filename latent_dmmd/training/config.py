@@ -83,7 +83,7 @@ class AutoencoderConfig:
 
     Args:
         name_or_path: A diffusers folder or hub name: AutoencoderKL, AutoencoderTiny or AutoencoderDC; a bundled one,
-            "elpv-vae" or "openmoji-vae"; or null: particles are pixels.
+            "elpv-vae", "elpv-vae-f16c16" or "openmoji-vae"; or null: particles are pixels.
         batch_size: Images encoded at once.
     """
 

@@ -85,6 +85,7 @@ def test_bundled_names():
     assert lines["samples by"] == "FlowMatchEulerDiscreteScheduler, 50 steps" and "noise levels" not in lines
     title, lines = facts("elpv-vae")
     assert title == "an autoencoder, AutoencoderDC" and lines["channels"] == "8"
+    assert facts("elpv-vae-f16c16")[1]["channels"] == "16"
 
 
 def test_a_pipeline_of_another_library(tmp_path):
@@ -167,7 +168,9 @@ def test_what_is_not_known(tmp_path):
     text = describe_folder(tmp_path)
     assert "\n" not in text and "looked for" in text and "model_index.json" in text
     for path in (tmp_path / "thesis.tex", tmp_path / "nowhere", "elpv-dmdm"):
-        with pytest.raises(ValueError, match="bundled name: elpv-dmmd, elpv-flow-matching, elpv-vae, openmoji-vae"):
+        with pytest.raises(
+            ValueError, match="bundled name: elpv-dmmd, elpv-flow-matching, elpv-vae, elpv-vae-f16c16, "
+        ):
             describe_folder(path)
 
 

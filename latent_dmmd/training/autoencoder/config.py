@@ -54,7 +54,7 @@ class AutoencoderTrainingConfig:
         validation: Images that are not trained on, named like the data; a fixed random tenth of the data, at most 256
             images, if null.
         init_from: A saved autoencoder to start from, a folder or hub name of an AutoencoderKL, AutoencoderTiny or
-            AutoencoderDC, or a bundled name, "elpv-vae" or "openmoji-vae"; one with random weights is built if null.
+            AutoencoderDC, or a bundled name, such as "elpv-vae"; one with random weights is built if null.
         latent_channels: Channels of latents, a divisor of 4 · width; 8 by default, and only without init_from.
         width: Channels at half resolution, a multiple of 8 up to 256, and up to four times as many further down; 32 by
             default, and only without init_from.
