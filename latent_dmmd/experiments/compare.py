@@ -169,8 +169,8 @@ class CompareConfig:
     def name_data(self) -> None:
         """Name the images and the autoencoder by `data` and `splits` where nothing else is said."""
         train, heldout = self.splits
-        named = {"data": {"name_or_path": f"{self.data}:{train}"}}
-        named["autoencoder"] = {"name_or_path": bundled_for(self.data)}
+        named = {"data": f"{self.data}:{train}", "autoencoder": bundled_for(self.data)}
+        named = {key: {"name_or_path": name} for key, name in named.items()}
         self.common = merged(named, self.common)
         if self.reference is None:
             self.reference = f"{self.data}:{heldout}"
@@ -324,13 +324,13 @@ class Comparison:
     def sets(self, run: Run, state: str, milestone: bool = False) -> list[Sets]:
         """The sets of a run in a state, such as "100-steps"; at a milestone one of each way that has more than few."""
         found = []
+        one_step = self.entries[run.entry].method.one_step
         for label, options in self.ways(run.entry).items():
             numbers = self.nfe_and_seeds(run.entry, label)
             if milestone:
-                one_step = self.entries[run.entry].method.one_step
-                numbers = [(1 if one_step else self.config.milestone_nfe, numbers[0][1])]
                 if label in self.config.few and label != run.entry:
                     continue
+                numbers = [(1 if one_step else self.config.milestone_nfe, numbers[0][1])]
             folder = self.folder / "samples" / (run.name + label.removeprefix(run.entry).replace(" ", "-")) / state
             files = {(nfe, seed): folder / f"nfe-{nfe}-seed-{seed}.safetensors" for nfe, seed in numbers}
             found.append(Sets(label, options, files))
