@@ -146,7 +146,7 @@ class CompareConfig:
             check(0 < len(seeds) == len(set(seeds)), f"training_seeds.{name} must be different numbers; got {seeds}")
             for seed in seeds:
                 check_seed(f"training_seeds.{name}", seed)
-        named = (*(name.split(" ")[0] for name in self.few), *(self.include or ()), *self.training_seeds)
+        named = (*map(entry_of, self.few), *(self.include or ()), *self.training_seeds)
         unknown = [name for name in named if name not in self.entries]
         check(not unknown, f"{', '.join(unknown)} not among entries: {', '.join(self.entries)}")
         names = [run.name for run in self.runs]
@@ -161,7 +161,7 @@ class CompareConfig:
         if self.include is None:
             return
         self.entries = {name: keys for name, keys in self.entries.items() if name in self.include}
-        self.few = [name for name in self.few if name.split(" ")[0] in self.include]
+        self.few = [name for name in self.few if entry_of(name) in self.include]
         self.training_seeds = {name: seeds for name, seeds in self.training_seeds.items() if name in self.include}
         names = [run.name for run in self.runs]
         self.trained = {name: folder for name, folder in self.trained.items() if name in names}
@@ -213,6 +213,11 @@ class Sets(NamedTuple):
     label: str
     options: dict
     files: dict[tuple[int, int], Path]
+
+
+def entry_of(label: str) -> str:
+    """The entry of a way of sampling, such as `latent-dmmd exact`."""
+    return label.split(" ")[0]
 
 
 def merged(first: dict, second: dict) -> dict:

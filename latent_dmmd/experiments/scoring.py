@@ -19,13 +19,12 @@ from torch.utils.data import Dataset, Subset
 from latent_dmmd.data.autoencoder import load_autoencoder
 from latent_dmmd.experiments.compare import Comparison
 from latent_dmmd.experiments.exports import disjoint_halves
-from latent_dmmd.metrics.extractors import CheckedImages, Reconstructions, load_extractor
+from latent_dmmd.metrics.extractors import CheckedImages, Reconstructions, images_at_once, load_extractor
 from latent_dmmd.metrics.scores import density_and_coverage, frechet_distance, memorised_share, score_features
 from latent_dmmd.utils.files import write_aside
 from latent_dmmd.utils.process import default_device
 
 NUM_SHOWN = 32
-EXTRACTED_AT_ONCE = 64
 
 
 class Scorer:
@@ -51,9 +50,9 @@ class Scorer:
     @torch.no_grad()
     def features(self, images: Dataset | Tensor) -> list[Tensor]:
         """Features (N, d) of uint8 images by each network; every image is read, or made, once."""
-        found = [[] for _ in self.nets]
-        for first in range(0, len(images), EXTRACTED_AT_ONCE):
-            last = min(first + EXTRACTED_AT_ONCE, len(images))
+        found, at_once = [[] for _ in self.nets], images_at_once(self.nets[0])
+        for first in range(0, len(images), at_once):
+            last = min(first + at_once, len(images))
             batch = torch.stack([images[i] for i in range(first, last)])
             for net, features in zip(self.nets, found):
                 features.append(net(batch.to(next(net.parameters()).device))[0].float().cpu())

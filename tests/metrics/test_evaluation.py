@@ -264,6 +264,15 @@ def test_extractor_classifies_as_its_own_network(lite0, photographs):
     torch.testing.assert_close(logits, lite0.net(x).cpu(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_features_do_not_depend_on_the_batch_size(lite0, photographs, batch_size):
+    images, seen = ImageSet(photographs[:10]), []
+    with lite0.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0]))):
+        expected, _ = extract_features(images, lite0)
+    assert seen == ([10] if next(lite0.parameters()).is_cuda else [4, 4, 2])
+    torch.testing.assert_close(extract_features(images, lite0, batch_size)[0], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_distance_orders_reconstructed_resized_and_random(lite0, photographs):
     sets = [
         photographs,
