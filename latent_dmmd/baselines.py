@@ -18,12 +18,13 @@ with one step.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from diffusers import DDPMScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.training_utils import compute_density_for_timestep_sampling
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -105,14 +106,32 @@ class TimedObjective(Objective):
 
     def draw(self, particles: Particles, num_levels: int, num_pairs: int, generators: Generators) -> TimedPairs:
         x_0, eps = particles.draw_with_noise(num_levels * num_pairs, generators.own)
-        return TimedPairs(x_0, eps, torch.rand(len(x_0), generator=generators.own, device="cpu"))
+        return TimedPairs(x_0, eps, self.draw_times(len(x_0), generators.own))
+
+    def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
+        """Times in [0, 1], with shape (count), on the CPU; uniform."""
+        return torch.rand(count, generator=generator, device="cpu")
 
 
 class FlowMatching(TimedObjective):
-    """Flow matching: `net` is a `VelocityNet`, and every pair is taken at t = u ~ U[0, 1].
+    """Flow matching: `net` is a `VelocityNet`, and every pair is taken at a time t = u in [0, 1].
 
     Terms: `flow_matching`, the unexplained fraction of ε − x_0, and the diagnostic `cosine`.
+
+    Args:
+        net: The network.
+        weighting_scheme: "none" draws times uniformly, "logit_normal" the sigmoid of N(0, 1) (Esser et al., 2024,
+            section 3.1). Losses at drawn times count alike.
     """
+
+    def __init__(self, net: nn.Module, weighting_scheme: Literal["none", "logit_normal"] = "none") -> None:
+        super().__init__(net)
+        self.weighting_scheme = weighting_scheme
+
+    def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
+        return compute_density_for_timestep_sampling(
+            self.weighting_scheme, count, logit_mean=0.0, logit_std=1.0, device="cpu", generator=generator
+        )
 
     def forward(self, batch: TimedPairs) -> Terms:
         x_0, eps, t = batch

@@ -48,6 +48,15 @@ def test_the_exact_velocity_minimises_the_loss():
     assert min(losses) == losses[0]
 
 
+def test_densities_of_training_times():
+    """The quartiles of the uniform density and of the logit-normal one, which are sigmoid(∓0.6745)."""
+    quartiles = torch.tensor([0.25, 0.5, 0.75])
+    for scheme, expected in (("none", quartiles), ("logit_normal", torch.tensor([0.3375, 0.5, 0.6625]))):
+        t = FlowMatching(tiny_velocity(**SIZES), scheme).draw_times(20_000, torch.Generator().manual_seed(0))
+        assert 0 <= t.min() and t.max() <= 1 and t.device.type == "cpu"
+        torch.testing.assert_close(t.quantile(quartiles), expected, atol=0.01, rtol=0)
+
+
 def test_euler_arrives_at_the_data():
     z = torch.randn(2000, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     end = euler(GaussianVelocity(0.5, 0.6), z, 200)

@@ -239,6 +239,7 @@ OBJECTIVES = {
     "rational-quadratic": dmmd(kernel="rational-quadratic", bandwidth=2.0),
     "kale": dmmd(name="kale"),
     "flow matching": lambda: FlowMatching(velocity()),
+    "logit-normal": lambda: FlowMatching(velocity(), "logit_normal"),
     "ddpm": lambda: DDPM(velocity()),
     "mmd-gan": lambda: MMDGAN(GeneratorAndCritic(velocity(), features())),
     "one step": lambda: OneStep(velocity()),

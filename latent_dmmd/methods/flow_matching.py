@@ -1,6 +1,7 @@
 """Flow matching, on the same U-Net, batches and loop."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import nn
@@ -21,9 +22,14 @@ def velocity_net(net: NetConfig, shape: tuple[int, int, int]) -> VelocityNet:
 
 @dataclass
 class FlowMatchingConfig(MethodConfig):
-    """Flow matching has no keys of its own."""
+    """Keys of flow matching.
+
+    Args:
+        weighting_scheme: Density of training times, as diffusers calls it: uniform if "none", or "logit_normal".
+    """
 
     name: str = "flow-matching"
+    weighting_scheme: Literal["none", "logit_normal"] = "none"
 
 
 @register
@@ -36,7 +42,7 @@ class FlowMatchingMethod(Method):
         return velocity_net(net, shape)
 
     def objective(self, network: nn.Module, averaged_net: nn.Module) -> Objective:
-        return FlowMatching(network)
+        return FlowMatching(network, self.options.weighting_scheme)
 
     def pipeline(
         self, objective, averaged_net, particles, vae, sampling, seed, class_names=()
