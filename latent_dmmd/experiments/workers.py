@@ -58,12 +58,17 @@ def in_a_process(function, *args):
 
 
 def end_with_parent(parent: int) -> None:
-    """Send this process SIGTERM when its parent is gone: a killed comparison leaves nothing running."""
+    """Send this process SIGTERM when its parent is gone: a killed comparison leaves nothing running.
+
+    Training notes the first, saves a checkpoint and ends; the process, which would wait for more work, obeys the next.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGTERM)
+        while True:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
 
     threading.Thread(target=watch, daemon=True).start()
 
