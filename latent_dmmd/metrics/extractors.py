@@ -22,7 +22,7 @@ from torch_fidelity.utils import create_feature_extractor, get_featuresdict_from
 from latent_dmmd.data.autoencoder import Autoencoder, reconstruct
 from latent_dmmd.utils.process import default_device
 
-AT_ONCE_ON_CPU, AT_ONCE_ON_GPU = 4, 64  # maps of many images outgrow a processor's caches: four times slower
+AT_ONCE_ON_CPU, AT_ONCE_ON_GPU = 4, 64  # large maps wait for memory on a CPU: 4 times slower
 MIN_IMAGES = 4  # three neighbours and the image itself; also two disjoint halves, each with a covariance
 ImageSet = Dataset[Tensor] | Tensor
 Extractor = Literal["efficientnet-lite0", "efficientnet-lite1", "inception-v3"]
