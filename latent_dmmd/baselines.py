@@ -24,7 +24,6 @@ import torch
 from diffusers import DDPMScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.training_utils import compute_density_for_timestep_sampling
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -32,6 +31,8 @@ from latent_dmmd.features import BilinearFeatures
 from latent_dmmd.forward import LinearInterpolant
 from latent_dmmd.nn.unet import PatchUNet, UNetConfig
 from latent_dmmd.objective import DMMD, Batch, Generators, Objective, Particles, Terms
+
+WeightingScheme = Literal["none", "logit_normal"]  # densities of training times, as diffusers calls them
 
 
 class VelocityNet(PatchUNet, ModelMixin, ConfigMixin):
@@ -124,14 +125,14 @@ class FlowMatching(TimedObjective):
             section 3.1). Losses at drawn times count alike.
     """
 
-    def __init__(self, net: nn.Module, weighting_scheme: Literal["none", "logit_normal"] = "none") -> None:
+    def __init__(self, net: nn.Module, weighting_scheme: WeightingScheme = "none") -> None:
         super().__init__(net)
         self.weighting_scheme = weighting_scheme
 
     def draw_times(self, count: int, generator: torch.Generator) -> Tensor:
-        return compute_density_for_timestep_sampling(
-            self.weighting_scheme, count, logit_mean=0.0, logit_std=1.0, device="cpu", generator=generator
-        )
+        if self.weighting_scheme == "none":
+            return super().draw_times(count, generator)
+        return torch.randn(count, generator=generator, device="cpu").sigmoid()
 
     def forward(self, batch: TimedPairs) -> Terms:
         x_0, eps, t = batch

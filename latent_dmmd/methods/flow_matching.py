@@ -1,12 +1,11 @@
 """Flow matching, on the same U-Net, batches and loop."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import nn
 
-from latent_dmmd.baselines import FlowMatching, VelocityNet
+from latent_dmmd.baselines import FlowMatching, VelocityNet, WeightingScheme
 from latent_dmmd.methods.base import Method, MethodConfig, NetConfig, latent_options, register
 from latent_dmmd.objective import Objective
 from latent_dmmd.pipeline import LatentSchedulerPipeline
@@ -29,7 +28,7 @@ class FlowMatchingConfig(MethodConfig):
     """
 
     name: str = "flow-matching"
-    weighting_scheme: Literal["none", "logit_normal"] = "none"
+    weighting_scheme: WeightingScheme = "none"
 
 
 @register

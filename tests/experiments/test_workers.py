@@ -1,8 +1,8 @@
 import subprocess
 import sys
-import time
 
 import psutil
+from processes import wait_until
 
 # as training does: SIGTERM is noted, what has begun is finished, and SystemExit ends it
 SCRIPT = """
@@ -25,13 +25,6 @@ if __name__ == "__main__":
 """
 
 
-def wait_for(condition, seconds):
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.2)
-    return condition()
-
-
 def has_ended(pid):
     """Also if nobody has asked how it ended."""
     try:
@@ -45,11 +38,11 @@ def test_a_killed_parent_leaves_no_process(tmp_path):
     script.write_text(SCRIPT)
     parent = subprocess.Popen([sys.executable, str(script), str(path)])
     try:
-        assert wait_for(path.exists, 180)
+        wait_until(path.exists, 180)
         pid = int(path.read_text())
         assert not has_ended(pid)
     finally:
         parent.kill()
         parent.wait()
-    assert wait_for(lambda: has_ended(pid), 30)
+    wait_until(lambda: has_ended(pid), 30)
     assert path.with_suffix(".saved").exists()

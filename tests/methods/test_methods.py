@@ -21,6 +21,17 @@ from latent_dmmd.training.loop import train
 from latent_dmmd.utils.errors import ConfigError
 
 
+@pytest.mark.parametrize("scheme", ["none", "logit_normal"])
+def test_flow_matching_trains_at_the_times_of_its_key(plain_arguments, scheme):
+    extra = ["--objective.name", "flow-matching", "--objective.weighting_scheme", scheme]
+    net = torch.nn.Identity()
+    objective = parse_config(Config, [*plain_arguments, *extra]).method.objective(net, net)
+    draw = torch.rand if scheme == "none" else torch.randn
+    drawn = draw(5, generator=torch.Generator().manual_seed(0))
+    expected = drawn if scheme == "none" else drawn.sigmoid()
+    assert torch.equal(objective.draw_times(5, torch.Generator().manual_seed(0)), expected)
+
+
 @pytest.mark.parametrize(
     "method, term", [("flow-matching", "cosine"), ("ddpm", "noise_prediction"), ("mmd-gan", "mmd2")]
 )
