@@ -18,7 +18,7 @@ with one step.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from diffusers import DDPMScheduler
@@ -30,9 +30,7 @@ from torch import Tensor, nn
 from latent_dmmd.features import BilinearFeatures
 from latent_dmmd.forward import LinearInterpolant
 from latent_dmmd.nn.unet import PatchUNet, UNetConfig
-from latent_dmmd.objective import DMMD, Batch, Generators, Objective, Particles, Terms
-
-WeightingScheme = Literal["none", "logit_normal"]  # densities of training times, as diffusers calls them
+from latent_dmmd.objective import DMMD, Batch, Generators, Objective, Particles, Terms, WeightingScheme
 
 
 class VelocityNet(PatchUNet, ModelMixin, ConfigMixin):

@@ -28,6 +28,10 @@ It is the other target, with u ∈ [d(t_{k−1}), d(t_{k+1})] / d(t_k), from the
 (at most 1.5). By parts, ∫_a^b u ⟨∇f(x̃_u), x_t − x_0⟩ du = b f(x̃_b) − a f(x̃_a) − ∫_a^b f(x̃_u) du: the regression is
 then the zero-centred penalty of a witness between X̃_b and the mixture of the path below it.
 
+**Levels.** Those of a step are stratified, one in each of L strata of equal probability, by a density that is uniform
+over the grid or logit-normal: more of the levels in the middle, where the field is hardest to learn
+(`stratified_times`).
+
 **Mean embeddings.** The witness depends on the distributions of X_t and X_0 at level t, which one of three sources
 estimates: `embedding_sources.py`.
 """
@@ -47,6 +51,7 @@ from latent_dmmd.forward import ForwardProcess, noise_levels
 
 MeanEmbeddingSource = Literal["running", "ema", "batch"]
 Segment = Literal["level", "whole"]
+WeightingScheme = Literal["none", "logit_normal"]  # densities of training times, as diffusers calls them
 MAX_OVERSHOOT = 1.5  # u of a restoring target; twice the lowest level is far from where its witness is used
 
 
@@ -142,6 +147,19 @@ def rename_net(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: obj
         state[prefix + "net." + name.removeprefix(old)] = state.pop(name)
 
 
+def stratified_times(count: int, weighting_scheme: WeightingScheme, generator: torch.Generator) -> Tensor:
+    """Times in [0, 1] on the CPU, one in each of `count` strata of equal probability, in ascending order.
+
+    Args:
+        count: How many.
+        weighting_scheme: Their density: uniform if "none", that of the sigmoid of N(0, 1) if "logit_normal" (Esser et
+            al., 2024, section 3.1).
+        generator: Source of randomness.
+    """
+    quantiles = (torch.arange(count, device="cpu") + torch.rand(count, generator=generator, device="cpu")) / count
+    return quantiles if weighting_scheme == "none" else torch.special.ndtri(quantiles).sigmoid()
+
+
 class WitnessObjective(Objective):
     """Base class of objectives on a witness: features, forward process, grid of noise levels and discrepancy.
 
@@ -151,6 +169,7 @@ class WitnessObjective(Objective):
         num_noise_levels: Size T of the grid t_k = k / T.
         discrepancy: Whose witness it is; the MMD of the linear kernel by default.
         label_dropout: With classes: share of a step's noise levels whose pairs are of any class, in [0, 1].
+        weighting_scheme: Density of a step's noise levels, see `stratified_times`.
     """
 
     def __init__(
@@ -160,20 +179,20 @@ class WitnessObjective(Objective):
         num_noise_levels: int,
         discrepancy: Discrepancy | None = None,
         label_dropout: float = 0.0,
+        weighting_scheme: WeightingScheme = "none",
     ) -> None:
         super().__init__(feature_net)
         self.process = process
         self.discrepancy = discrepancy or MMD()
-        self.label_dropout = label_dropout
+        self.label_dropout, self.weighting_scheme = label_dropout, weighting_scheme
         levels = noise_levels(num_noise_levels, torch.empty(0).device)  # where parameters are made as well
         self.register_buffer("levels", levels, persistent=False)
 
     def draw(self, particles: Particles, num_levels: int, num_pairs: int, generators: Generators) -> Batch:
-        """Levels, stratified over the grid, and classes are the same on every rank."""
+        """Levels, stratified, and classes are the same on every rank."""
         shared, own = generators
         grid = len(self.levels)
-        strata = torch.arange(num_levels, device="cpu") + torch.rand(num_levels, generator=shared, device="cpu")
-        level = (strata * grid / num_levels).long().clamp(max=grid - 1)
+        level = (stratified_times(num_levels, self.weighting_scheme, shared) * grid).long().clamp(max=grid - 1)
         label = None
         if particles.labels is None:
             drawn = particles.draw_with_noise(num_levels * num_pairs, own)
@@ -236,8 +255,9 @@ class DMMD(WitnessObjective):
         feature_weight: float = 1e-3,
         discrepancy: Discrepancy | None = None,
         label_dropout: float = 0.0,
+        weighting_scheme: WeightingScheme = "none",
     ) -> None:
-        super().__init__(feature_net, process, num_noise_levels, discrepancy, label_dropout)
+        super().__init__(feature_net, process, num_noise_levels, discrepancy, label_dropout, weighting_scheme)
         self.gradient_weight, self.gradient_center = gradient_weight, gradient_center
         self.feature_weight = feature_weight
 
@@ -299,8 +319,9 @@ class WitnessMatching(WitnessObjective):
         num_classes: int = 0,
         label_dropout: float = 0.0,
         target: Target = "displacement",
+        weighting_scheme: WeightingScheme = "none",
     ) -> None:
-        super().__init__(feature_net, process, num_noise_levels, discrepancy, label_dropout)
+        super().__init__(feature_net, process, num_noise_levels, discrepancy, label_dropout, weighting_scheme)
         if target not in TARGETS:
             raise ValueError(f"target must be 'displacement' or 'restoring'; got {target!r}")
         self.target = target

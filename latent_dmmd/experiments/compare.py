@@ -46,7 +46,7 @@ class CompareConfig:
         minutes: Training time of every run that is not loaded, turned into steps by the measured seconds per step; or
         num_steps: Steps of every run that is not loaded.
         training_seeds: Entries to train several times: name to training seeds. Their runs are called ENTRY-seed-S.
-        milestones: Shares of the training time at which a run is sampled and scored as well.
+        milestones: Shares of the training time at which the first run of an entry is sampled and scored as well.
         milestone_nfe: The NFE of these sets.
         costs: A JSON file of seconds per training step, `costs.json` of another comparison, instead of measuring them.
         speed: A JSON file of seconds per NFE, `speed.json` of another comparison, instead of measuring them.

@@ -141,11 +141,12 @@ def obtain(
 
 
 def train_run(comparison: Comparison, run: Run, costs: dict[str, dict], scorer: Scorer) -> tuple[dict, Path]:
-    """Train a run to its number of steps, with a stop at every milestone; its facts and its pipeline in float16."""
+    """Train a run to its number of steps; its facts and its pipeline in float16. An entry's first run stops at every
+    milestone."""
     config, cost = comparison.config, costs[run.entry]
     steps, source = comparison.num_steps(costs)[run.entry], comparison.run_folder(run) / "half"
-    curve = []
-    for share in (*sorted(config.milestones), 1):
+    curve, milestones = [], config.milestones if run == first_run(comparison, run.entry) else []
+    for share in (*sorted(milestones), 1):
         reached = max(1, round(share * steps))
         if not train_to(comparison, run, reached, steps):
             print(f"{run.name}: no scores at {reached} steps, which it has passed")

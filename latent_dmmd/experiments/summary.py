@@ -124,7 +124,7 @@ def seconds_per_image(comparison: Comparison, entry: str, label: str, nfe: int, 
 
 
 def curves(found: list[dict], rows: list[dict], milestone_nfe: int) -> list[dict]:
-    """Distances over training minutes: at the milestones, and at the end where the same NFE was scored."""
+    """Distances over training minutes: of first runs at milestones, of all at the end where the same NFE was scored."""
     points = [{**point, "entry": scores["entry"]} for scores in found for point in scores.get("curve") or []]
     facts = {scores["entry"]: scores["entry_facts"] for scores in found if "entry_facts" in scores}
     result = []

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 from torch import nn
 
-from latent_dmmd.baselines import FlowMatching, VelocityNet, WeightingScheme
+from latent_dmmd.baselines import FlowMatching, VelocityNet
 from latent_dmmd.methods.base import Method, MethodConfig, NetConfig, latent_options, register
-from latent_dmmd.objective import Objective
+from latent_dmmd.objective import Objective, WeightingScheme
 from latent_dmmd.pipeline import LatentSchedulerPipeline
 from latent_dmmd.schedule import SamplingDefaults
 
@@ -24,11 +24,11 @@ class FlowMatchingConfig(MethodConfig):
     """Keys of flow matching.
 
     Args:
-        weighting_scheme: Density of training times, as diffusers calls it: uniform if "none", or "logit_normal".
+        weighting_scheme: Density of training times, as diffusers calls it: "logit_normal", or uniform if "none".
     """
 
     name: str = "flow-matching"
-    weighting_scheme: WeightingScheme = "none"
+    weighting_scheme: WeightingScheme = "logit_normal"
 
 
 @register

@@ -14,7 +14,7 @@ from latent_dmmd.embeddings import MeanEmbeddings
 from latent_dmmd.features import FEATURE_NETS, BilinearFeatures
 from latent_dmmd.forward import FORWARD_PROCESSES, get_forward_process
 from latent_dmmd.methods.base import Method, MethodConfig, NetConfig, draw_pairs, latent_options
-from latent_dmmd.objective import RunningEmbeddings, WitnessObjective
+from latent_dmmd.objective import RunningEmbeddings, WeightingScheme, WitnessObjective
 from latent_dmmd.pipeline import LatentDMMDPipeline
 from latent_dmmd.schedule import SamplingDefaults
 from latent_dmmd.utils.errors import ConfigError, check
@@ -67,12 +67,14 @@ class WitnessConfig(DiscrepancyConfig):
         num_noise_levels: Size T of the grid of noise levels.
         num_points: Features stored of each noise level where means are not enough: other kernels, and KALE.
         label_dropout: With classes: share of a step's noise levels whose pairs are of any class, in [0, 1].
+        weighting_scheme: Density of training levels, as diffusers calls it: uniform if "none", or "logit_normal".
     """
 
     forward_process: str = "linear"
     num_noise_levels: int = 25
     num_points: int = 128
     label_dropout: float = 0.2
+    weighting_scheme: WeightingScheme = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,6 +129,7 @@ class WitnessMethod(Method):
             num_noise_levels=self.options.num_noise_levels,
             discrepancy=get_discrepancy(**self.options.discrepancy_options()),
             label_dropout=self.options.label_dropout,
+            weighting_scheme=self.options.weighting_scheme,
         )
 
     def check_sampling(self, sampling: SamplingDefaults) -> None:

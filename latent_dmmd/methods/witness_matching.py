@@ -7,7 +7,7 @@ from torch import nn
 from latent_dmmd.features import BilinearFeatures
 from latent_dmmd.methods.base import register
 from latent_dmmd.methods.witness import WitnessConfig, WitnessMethod
-from latent_dmmd.objective import MeanEmbeddingSource, Segment, Target, WitnessMatching
+from latent_dmmd.objective import MeanEmbeddingSource, Segment, Target, WeightingScheme, WitnessMatching
 from latent_dmmd.utils.errors import check
 
 
@@ -22,6 +22,7 @@ class WitnessMatchingConfig(WitnessConfig):
             "displacement" of the level, x_t − x_0.
         momentum: Weight of the past in running means.
         refresh_every: Steps between refreshes of the running means.
+        weighting_scheme: As of `WitnessConfig`; here "logit_normal".
     """
 
     name: str = "witness-matching"
@@ -30,6 +31,7 @@ class WitnessMatchingConfig(WitnessConfig):
     target: Target = "restoring"
     momentum: float = 0.97
     refresh_every: int = 4
+    weighting_scheme: WeightingScheme = "logit_normal"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,6 +15,7 @@ BEFORE = {
     "feature_net.architecture": "unet",
     "objective.segment": "whole",
     "objective.target": "displacement",
+    "objective.weighting_scheme": "none",
     "sampling.solver_order": 1,
 }
 ABSENT = "absent"

@@ -10,11 +10,12 @@ import torch
 from conftest import metrics
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from latent_dmmd.data.particles import LatentCache
 from latent_dmmd.editing import LatentDMMDInpaintPipeline
 from latent_dmmd.methods import METHODS, Method, MethodConfig, register
 from latent_dmmd.methods.base import latent_options
 from latent_dmmd.methods.flow_matching import velocity_net
-from latent_dmmd.objective import Objective, Terms
+from latent_dmmd.objective import Generators, Objective, Terms
 from latent_dmmd.pipeline import LatentSchedulerPipeline, load_pipeline
 from latent_dmmd.training.config import Config, parse_config
 from latent_dmmd.training.loop import train
@@ -30,6 +31,23 @@ def test_flow_matching_trains_at_the_times_of_its_key(plain_arguments, scheme):
     drawn = draw(5, generator=torch.Generator().manual_seed(0))
     expected = drawn if scheme == "none" else drawn.sigmoid()
     assert torch.equal(objective.draw_times(5, torch.Generator().manual_seed(0)), expected)
+
+
+@pytest.mark.parametrize("scheme", ["none", "logit_normal"])
+@pytest.mark.parametrize("name", ["witness-matching", "dmmd"])
+def test_witnesses_train_at_the_levels_of_their_key(plain_arguments, name, scheme):
+    extra = ["--objective.name", name, "--objective.weighting_scheme", scheme, "--objective.num_noise_levels", "10"]
+    config = parse_config(Config, [*plain_arguments, *extra])
+    net = config.method.network(config.feature_net, (4, 8, 8))
+    objective = config.method.objective(net, net)
+    particles = LatentCache(((torch.zeros(1, 1, 4, 8, 8), None),), torch.zeros(4), torch.ones(4))
+    generators = Generators(*(torch.Generator().manual_seed(seed) for seed in (0, 1)))
+    level = objective.draw(particles, 4000, 1, generators).level
+    below = torch.linspace(0, 1, 11)
+    if scheme == "logit_normal":
+        below = torch.special.ndtr(below.logit())
+    shares = torch.bincount(level, minlength=10) / len(level)
+    assert torch.allclose(shares, below.diff(), atol=1e-3)  # stratified: independent draws are six times farther
 
 
 @pytest.mark.parametrize(
