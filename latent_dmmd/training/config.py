@@ -122,7 +122,7 @@ class TrainingConfig:
     num_steps: int = 1850
     levels_per_step: int = 8
     pairs_per_level: int = 8
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     learning_rate_schedule: Literal["cosine", "constant"] = "cosine"
     num_warmup_steps: int = 50
     max_grad_norm: float = 1.0

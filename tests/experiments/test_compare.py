@@ -258,7 +258,7 @@ def test_only_what_is_missing_or_configured_otherwise_is_trained(elsewhere, tool
     elsewhere["entries"] = {**ENTRIES, "pixel-flow-matching": changed}
     run_comparison(Comparison(CompareConfig(**elsewhere)))
     assert trained == ["latent-dmmd-seed-1", *["pixel-flow-matching"] * 2]  # first runs stop at the milestone
-    assert "holds another training: training.learning_rate is 0.0005 (was 0.001)" in capsys.readouterr().out
+    assert "holds another training: training.learning_rate is 0.0005 (was 0.002)" in capsys.readouterr().out
 
 
 def test_other_sets_of_a_finished_run_need_no_training(elsewhere, monkeypatch):

@@ -63,6 +63,7 @@ def test_the_way_of_before_segments_is_the_whole():
         "objective.target": "restoring (was displacement)",
         "objective.weighting_scheme": "logit_normal (was none)",
         "training.num_steps": "1850 (was 1000)",
+        "training.learning_rate": "0.002 (was 0.001)",
         "training.ema_decay": "0.99 (was 0.999)",
         "sampling.solver_order": "2 (was 1)",
     }

@@ -257,7 +257,7 @@ def test_batches_are_a_function_of_seed_rank_and_step(arguments):
 def test_learning_rate():
     config = parse_config(Config, ["--training.num_steps", "100", "--training.num_warmup_steps", "10"]).training
     rates = [learning_rate_at(step, config) for step in range(101)]
-    assert rates[0] == pytest.approx(1e-4) and max(rates) <= 1e-3 and rates[100] == pytest.approx(1e-4)
+    assert rates[0] == pytest.approx(2e-4) and max(rates) <= 2e-3 and rates[100] == pytest.approx(2e-4)
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
