@@ -77,7 +77,7 @@ def test_the_papers_objective_of_0_1(path):
     path.write_text(yaml.safe_dump(saved))
     kept = ["--training.mixed_precision", "bf16", "--sampling.sampler", "exact", "--objective.name", "dmmd"]
     kept += ["--feature_net.architecture", "unet", "--training.num_steps", "1000", "--training.ema_decay", "0.999"]
-    kept += ["--sampling.solver_order", "1"]
+    kept += ["--training.learning_rate", "1e-3", "--sampling.solver_order", "1"]
     assert differing_keys(parse_config(Config, kept), path) == {}
     assert differing_keys(parse_config(Config, [*kept, "--objective.gradient_weight", "2.0"]), path) == {
         "objective.gradient_weight": "2.0 (was 1.0)"
