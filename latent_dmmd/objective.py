@@ -29,8 +29,7 @@ It is the other target, with u ∈ [d(t_{k−1}), d(t_{k+1})] / d(t_k), from the
 then the zero-centred penalty of a witness between X̃_b and the mixture of the path below it.
 
 **Levels.** Those of a step are stratified, one in each of L strata of equal probability, by a density that is uniform
-over the grid or logit-normal: more of the levels in the middle, where the field is hardest to learn
-(`stratified_times`).
+over the grid or logit-normal: more of the levels in the middle (`stratified_times`).
 
 **Mean embeddings.** The witness depends on the distributions of X_t and X_0 at level t, which one of three sources
 estimates: `embedding_sources.py`.

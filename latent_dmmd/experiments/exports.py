@@ -3,7 +3,7 @@
     EXPORT_DIR/costs.json, speed.json    seconds of a training step and of an NFE, measured in turns
     EXPORT_DIR/real/                     scores of real and of reconstructed images
     EXPORT_DIR/gaussian/, RUN/           scores.json, config.yaml, pipeline/ without autoencoder, grids as WebP
-    EXPORT_DIR/autoencoders/             each autoencoder once
+    EXPORT_DIR/autoencoders/             each autoencoder once, but for bundled ones
 
 A folder is written aside and renamed, and `scores.json` lists its files with their sizes: what is incomplete is passed
 over, as if it were not there.
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from latent_dmmd.data.autoencoder import BUNDLED_AUTOENCODERS
 from latent_dmmd.experiments.compare import Comparison, Run
 from latent_dmmd.pipeline import load_pipeline
 from latent_dmmd.training.config import save_config
@@ -130,8 +131,10 @@ def budget_text(budget: dict) -> str:
 
 
 def autoencoder_folder(comparison: Comparison, scores: dict) -> Path:
-    """Where the autoencoder of a finished run lies."""
-    return comparison.export_dir / "autoencoders" / scores["autoencoder"]
+    """Where the autoencoder of a finished run lies: the bundled one of these weights, or a copy."""
+    name = scores["autoencoder"]
+    bundled = (folder for folder in BUNDLED_AUTOENCODERS.values() if weights_hash(folder) == name)
+    return next(bundled, comparison.export_dir / "autoencoders" / name)
 
 
 def pipeline_of(comparison: Comparison, run: Run) -> Path | str:
@@ -185,15 +188,21 @@ def write_run(comparison: Comparison, run: Run, scores: dict, source: Path | Non
 
 
 def keep_autoencoder(comparison: Comparison, vae: Path) -> str | None:
-    """Copy an autoencoder to where all runs find it, once; a hash of its weights. None where there is none."""
+    """Copy an autoencoder to where all runs find it, once, unless it is bundled; a hash of its weights, or None where
+    there is none."""
     if not vae.is_dir():
         return None
-    name = hashlib.sha256((vae / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()[:16]
-    folder = comparison.export_dir / "autoencoders" / name
+    name = weights_hash(vae)
+    folder = autoencoder_folder(comparison, {"autoencoder": name})
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         write_aside(folder, partial(shutil.copytree, vae))
     return name
+
+
+def weights_hash(vae: Path) -> str:
+    """A short hash of an autoencoder's weights."""
+    return hashlib.sha256((vae / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()[:16]
 
 
 def save_grids(grids: dict, folder: Path) -> None:

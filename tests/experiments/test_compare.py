@@ -8,7 +8,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from latent_dmmd.baselines import GaussianFit
-from latent_dmmd.experiments import stages, workers
+from latent_dmmd.data.autoencoder import BUNDLED_AUTOENCODERS
+from latent_dmmd.experiments import exports, stages, workers
 from latent_dmmd.experiments.compare import CompareConfig, Comparison
 from latent_dmmd.experiments.report import write_report
 from latent_dmmd.experiments.scoring import Scorer, batch_sizes, context_of, score_generated
@@ -286,6 +287,13 @@ def test_exports_are_in_float16_and_score_as_they_are(finished_once):
     sampling = dict(num_inference_steps=2, sampler="exact")
     images = torch.cat([stages.generate(lambda: pipe, sampling, 3, generator) for _ in range(2)])
     assert torch.equal(images, expected)
+
+
+def test_a_bundled_autoencoder_is_not_copied(settings):
+    comparison, bundled = Comparison(CompareConfig(**settings)), BUNDLED_AUTOENCODERS["elpv-vae-f16c16"]
+    name = exports.keep_autoencoder(comparison, bundled)
+    assert exports.autoencoder_folder(comparison, {"autoencoder": name}) == bundled
+    assert not comparison.export_dir.exists()
 
 
 def test_a_killed_comparison_goes_on_where_it_was(settings, monkeypatch):
