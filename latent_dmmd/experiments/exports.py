@@ -6,7 +6,7 @@
     EXPORT_DIR/autoencoders/             each autoencoder once, but for bundled ones
 
 A folder is written aside and renamed, and `scores.json` lists its files with their sizes: what is incomplete is passed
-over, as if it were not there.
+over, as if it were not there. Once a run is scored its `pipeline/` may be removed, where nothing learns from it.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from latent_dmmd.training.differences import differing_keys
 from latent_dmmd.utils.errors import ConfigError
 from latent_dmmd.utils.files import write_aside, write_json
 
-SCORES = "scores.json"
+SCORES, PIPELINE = "scores.json", "pipeline"
 # other values of these keys train the same weights; steps follow from the budget
 NOT_COMPARED = {
     "autoencoder.batch_size",
@@ -54,10 +54,13 @@ def write_finished(folder: Path, scores: dict, write: Callable[[Path], object]) 
 
 
 def read_finished(folder: Path) -> dict | None:
-    """The scores in a folder; None unless it is there with all of its files, each of the size it had."""
+    """The scores in a folder; None unless it is there with all of its files, each of the size it had. A scored run's
+    pipeline may be gone as a whole."""
     try:
         scores = json.loads((folder / SCORES).read_text())
-        whole = all((folder / name).stat().st_size == size for name, size in scores["files"].items())
+        removed = f"{PIPELINE}/" if scores["scored"] and not (folder / PIPELINE).exists() else None
+        sizes = {name: size for name, size in scores["files"].items() if not (removed and name.startswith(removed))}
+        whole = all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return scores if whole else None
@@ -139,14 +142,16 @@ def autoencoder_folder(comparison: Comparison, scores: dict) -> Path:
 
 def pipeline_of(comparison: Comparison, run: Run) -> Path | str:
     """The pipeline of a finished or loaded run: a bundled name, or a folder. What a finished run left is put together
-    in the comparison's folder."""
+    in the comparison's folder. Raises ConfigError if its pipeline was removed."""
     if run.name in comparison.config.trained:
         return comparison.config.trained[run.name]
     folder, target = comparison.export_dir / run.name, comparison.folder / "pipelines" / run.name
+    if not (folder / PIPELINE).is_dir():
+        raise ConfigError(f"{folder} holds scores but no pipeline, which is needed; remove it to train the run again")
     scores = read_finished(folder)
 
     def put_together(aside: Path) -> None:
-        shutil.copytree(folder / "pipeline", aside)
+        shutil.copytree(folder / PIPELINE, aside)
         if scores["autoencoder"] is not None:
             shutil.copytree(autoencoder_folder(comparison, scores), aside / "vae")
 
@@ -180,7 +185,7 @@ def write_run(comparison: Comparison, run: Run, scores: dict, source: Path | Non
 
     def write(aside: Path) -> None:
         if source is not None:
-            shutil.copytree(source, aside / "pipeline", ignore=shutil.ignore_patterns("vae"))
+            shutil.copytree(source, aside / PIPELINE, ignore=shutil.ignore_patterns("vae"))
             save_config(comparison.config_of(run, scores["num_steps"]), aside / "config.yaml")
         save_grids(grids, aside)
 

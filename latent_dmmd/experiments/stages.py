@@ -104,8 +104,8 @@ def measure_costs(comparison: Comparison) -> dict[str, dict]:
 
 
 def cost_config(comparison: Comparison, entry: str) -> Config:
-    """The configuration whose steps are measured: flow matching for an entry whose teacher is not trained yet, which
-    passes as many particles through the same network."""
+    """The configuration whose steps and sampling are measured: flow matching for an entry whose teacher is not trained
+    yet, which passes as many particles through the same network."""
     config = comparison.entries[entry]
     return config if comparison.teacher(entry) is None else replace(config, objective=FlowMatchingConfig())
 
@@ -305,7 +305,8 @@ def measure_speed(comparison: Comparison) -> dict[str, dict]:
     known = read_measured(path, [*ways, "decode"], given=False)
     if known is None:
         # all of them again: only figures of one measurement are compared
-        folders = {name: pipeline_of(comparison, first_run(comparison, name)) for name in entries}
-        known = in_a_process(sampling_costs, folders, ways, comparison.config.dmmd)
+        loaded = {name: comparison.config.trained.get(first_run(comparison, name).name) for name in entries}
+        sources = {name: loaded[name] or cost_config(comparison, name) for name in entries}
+        known = in_a_process(sampling_costs, sources, ways, comparison.config.dmmd)
         write_json(path, known)
     return known

@@ -7,15 +7,17 @@ import signal
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stderr
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from io import StringIO
 
 import torch
+from accelerate import Accelerator
 
-from latent_dmmd.data.autoencoder import load_autoencoder
+from latent_dmmd.data.autoencoder import Autoencoder, load_autoencoder
 from latent_dmmd.data.particles import LatentCache, Particles, PixelCache
-from latent_dmmd.latent_pipeline import FlowOptions
+from latent_dmmd.latent_pipeline import FlowOptions, LatentPipeline
 from latent_dmmd.pipeline import load_pipeline
 from latent_dmmd.training.config import Config
 from latent_dmmd.training.loop import train
@@ -28,10 +30,25 @@ CALIBRATION_STEPS = 4  # as many as lie between two refreshes of running means
 
 
 def sampling_costs(
-    folders: dict[str, Path], ways: dict[str, tuple[str, dict]], dmmd: str, nfe: int = 5, num_images: int = 32
+    sources: dict[str, Config | str],
+    ways: dict[str, tuple[str, dict]],
+    dmmd: str,
+    nfe: int = 5,
+    num_images: int = 32,
 ) -> dict[str, dict]:
-    """Seconds and peak memory of one NFE per image for every way, an entry and options; and of decoding one."""
-    pipes = {name: load_pipeline(folder) for name, folder in folders.items()}
+    """Seconds and peak memory of one NFE per image for every way, an entry and options; and of decoding one.
+
+    Args:
+        sources: What each entry samples with: a configuration, of which random weights are made, or a saved pipeline.
+        ways: What a way is called to the entry and the arguments of the pipeline's call.
+        dmmd: The entry whose particles are decoded.
+        nfe: NFE of a turn.
+        num_images: Images of a turn.
+    """
+    pipes = {
+        name: untrained_pipeline(source, nfe) if isinstance(source, Config) else load_pipeline(source)
+        for name, source in sources.items()
+    }
     for pipe in pipes.values():
         pipe.set_progress_bar_config(disable=True)
         pipe.flow_options = FlowOptions(chunk_size=None)
@@ -88,25 +105,41 @@ def step_costs(configs: dict[str, Config], repeats: int = 5) -> dict[str, dict]:
         tasks, sizes = {}, {}
         for name, config in configs.items():
             accelerator = stack.enter_context(own_accelerator(config.training.mixed_precision))
-            side, generator = config.data.resolution, torch.Generator().manual_seed(0)
-            if config.autoencoder.name_or_path:
-                vae = load_autoencoder(config.autoencoder.name_or_path, accelerator.device)
-                z = torch.randn(64, 1, *probe_latents(vae, side).shape[1:], generator=generator, device="cpu")
-                cache = LatentCache(((z, None),), z.new_zeros(z.shape[2]), z.new_ones(z.shape[2]))
-            else:
-                shape = (64, 3, side, side)
-                images = torch.randint(256, shape, dtype=torch.uint8, generator=generator, device="cpu")
-                zeros, ones = torch.zeros(3, device="cpu"), torch.ones(3, device="cpu")
-                cache = PixelCache(images, config.data.horizontal_flip, zeros, ones)
-            trainer = Trainer(config, tuple(cache.draw(1, generator).shape[1:]), accelerator)
+            trainer, particles, _ = untrained(config, accelerator)
             sizes[name] = sum(p.numel() for p in trainer.network.parameters())
 
-            def task(trainer: Trainer = trainer, cache: Particles = cache) -> None:
+            def task(trainer: Trainer = trainer, particles: Particles = particles) -> None:
                 for step in range(CALIBRATION_STEPS):
-                    trainer.step(step, cache)
+                    trainer.step(step, particles)
 
             tasks[name] = task
         costs = measure(tasks, accelerator.device, repeats)
     return {
         name: {"seconds": costs[name].seconds / CALIBRATION_STEPS, "num_parameters": sizes[name]} for name in configs
     }
+
+
+def untrained(config: Config, accelerator: Accelerator) -> tuple[Trainer, Particles, Autoencoder | None]:
+    """What trains by a configuration, 64 particles of its shape that are noise, and its autoencoder if it has one."""
+    side, generator, vae = config.data.resolution, torch.Generator().manual_seed(0), None
+    if config.autoencoder.name_or_path:
+        vae = load_autoencoder(config.autoencoder.name_or_path, accelerator.device)
+        z = torch.randn(64, 1, *probe_latents(vae, side).shape[1:], generator=generator, device="cpu")
+        particles = LatentCache(((z, None),), z.new_zeros(z.shape[2]), z.new_ones(z.shape[2]))
+    else:
+        images = torch.randint(256, (64, 3, side, side), dtype=torch.uint8, generator=generator, device="cpu")
+        zeros, ones = torch.zeros(3, device="cpu"), torch.ones(3, device="cpu")
+        particles = PixelCache(images, config.data.horizontal_flip, zeros, ones)
+    return Trainer(config, tuple(particles.draw(1, generator).shape[1:]), accelerator), particles, vae
+
+
+def untrained_pipeline(config: Config, num_noise_levels: int) -> LatentPipeline:
+    """A pipeline of random weights, which takes the time of a trained one; one that has noise levels, with so many."""
+    if hasattr(config.objective, "num_noise_levels"):
+        fewer = {"num_noise_levels": num_noise_levels}
+        objective, sampling = replace(config.objective, **fewer), replace(config.sampling, **fewer)
+        config = replace(config, objective=objective, sampling=sampling)
+    with own_accelerator(config.training.mixed_precision) as accelerator, redirect_stderr(StringIO()):
+        # without the advice to train longer
+        trainer, particles, vae = untrained(config, accelerator)
+        return trainer.pipeline(vae, particles)

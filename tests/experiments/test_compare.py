@@ -232,6 +232,21 @@ def test_what_is_half_written_is_passed_over(damage, elsewhere, no_work, capsys)
     assert row is None or len(row["frechet_distance"]) == 1
 
 
+def test_a_scored_run_needs_its_pipeline_only_for_other_sets(elsewhere, finished_once, no_work, monkeypatch):
+    for folder in Comparison(CompareConfig(**elsewhere)).export_dir.glob("*/pipeline"):
+        shutil.rmtree(folder)
+    assert plain(run_comparison(Comparison(CompareConfig(**elsewhere)))) == plain(finished_once[1])
+    with pytest.raises(ConfigError, match="latent-dmmd-seed-0 holds scores but no pipeline, .*; remove it to train"):
+        run_comparison(Comparison(CompareConfig(**{**elsewhere, "num_images": 8})))
+
+
+def test_speed_is_measured_without_a_trained_pipeline(elsewhere, finished_once):
+    comparison = Comparison(CompareConfig(**elsewhere))
+    for path in (*comparison.export_dir.glob("*/pipeline"), comparison.export_dir / "speed.json"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert stages.measure_speed(comparison).keys() == finished_once[1]["speed"].keys()
+
+
 def test_processes_share_the_runs(elsewhere, finished_once, monkeypatch):
     """Each finishes its own, and none makes a page; the costs are measured once."""
     export, trained = Comparison(CompareConfig(**elsewhere)).export_dir, []
