@@ -180,7 +180,7 @@ def model(folder: Path) -> tuple[str, Facts] | None:
         return None
     facts = {"weights": num_parameters(folder), "channels": config.get("latent_channels"), "size": size_of(folder)}
     if name not in AUTOENCODERS:
-        return f"a {name}, part of a pipeline or another library's model", facts
+        return f"a model, {name}, part of a pipeline or of another library", facts
     known_as = next((name for name, at in BUNDLED_AUTOENCODERS.items() if at == folder), quote(str(folder)))
     next_command = f"latent-dmmd train --autoencoder.name_or_path {known_as} --output_dir runs/NAME"
     return f"an autoencoder, {name}", {**facts, "next": next_command}

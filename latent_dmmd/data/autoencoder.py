@@ -24,8 +24,8 @@ ROUNDING_ERROR = (2 / 255) ** 2 / 12  # mean square of rounding pixels in [-1, 1
 BUNDLED_AUTOENCODER = "elpv-vae"  # a name, so that saved configurations hold on every machine
 ASSETS = Path(str(files("latent_dmmd"))) / "assets"
 BUNDLED_AUTOENCODERS = {
-    BUNDLED_AUTOENCODER: ASSETS / "elpv-dmmd" / "vae",
-    "elpv-vae-f16c16": ASSETS / "elpv-vae-f16c16",  # 16 × 16 pixels to one latent of 16 channels
+    BUNDLED_AUTOENCODER: ASSETS / "elpv-vae",
+    "elpv-vae-f16c16": ASSETS / "elpv-dmmd" / "vae",  # 16 × 16 pixels to one latent of 16 channels
     "openmoji-vae": ASSETS / "openmoji-vae",
 }
 BUNDLED_FOR = {"elpv": BUNDLED_AUTOENCODER, "openmoji": "openmoji-vae"}

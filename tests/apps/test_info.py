@@ -149,7 +149,7 @@ def test_models_and_images(workshop):
     title, lines = facts(workshop / "images")
     assert (title, lines["images"]) == ("a folder of images", "12")
     net = ROOT / "latent_dmmd" / "assets" / "elpv-dmmd" / "feature_net"
-    assert facts(net)[0] == "a FeatureNet, part of a pipeline or another library's model"
+    assert facts(net)[0] == "a model, EncoderFeatureNet, part of a pipeline or of another library"
 
 
 def test_samples_and_runs(tiny_images, trained, tmp_path):

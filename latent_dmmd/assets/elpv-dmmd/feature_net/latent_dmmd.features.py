@@ -1,1 +1,1 @@
-from latent_dmmd.features import FeatureNet  # noqa: F401
+from latent_dmmd.features import EncoderFeatureNet  # noqa: F401
