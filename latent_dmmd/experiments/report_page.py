@@ -123,7 +123,8 @@ def introduction(result: dict) -> str:
 
 def machine_text(machine: dict) -> str:
     """A machine in words."""
-    return f"{machine['gpu'] or str(machine['threads']) + ' CPU threads'}, torch {machine['torch']}"
+    threads = f"{machine['threads']} CPU thread{'s' * (machine['threads'] != 1)}"
+    return f"{machine['gpu'] or threads}, torch {machine['torch']}"
 
 
 def distance_table(result: dict) -> str:

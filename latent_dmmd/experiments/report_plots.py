@@ -97,7 +97,7 @@ def means_and_errors(values: list[list[float]]) -> tuple[list[float], list[float
 def plot(path: Path, drawn: dict, x_label: str, title: str, lines: dict[str, float]) -> None:
     """One plot: a line with bars for every label, a level for what has no x, and grey lines."""
     from matplotlib.figure import Figure  # not pyplot, whose backend is the caller's
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
     figure = Figure(figsize=(6.4, 4.8))
     axis = figure.subplots()
@@ -108,6 +108,12 @@ def plot(path: Path, drawn: dict, x_label: str, title: str, lines: dict[str, flo
             style = dict(marker="os^Dv"[i // 10 % 5], markersize=4, capsize=3, color=f"C{i % 10}")
             axis.errorbar(x, means, errors, label=label, **style)
     axis.set_xscale("log")
+    if x_label == "NFE":
+        axis.set_xticks(sorted({nfe for x, _, _ in drawn.values() for nfe in x or ()}))
+    else:
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter(ScalarFormatter())
+    axis.xaxis.set_minor_locator(NullLocator())
     for (label, value), style in zip(lines.items(), LINES.values()):
         axis.axhline(value, color="grey", linestyle=style, linewidth=1, label=label)
     if lines:
