@@ -1,1 +1,0 @@
-from latent_dmmd.pipeline import LatentSchedulerPipeline  # noqa: F401

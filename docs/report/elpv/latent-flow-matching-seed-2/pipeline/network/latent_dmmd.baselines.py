@@ -1,1 +1,0 @@
-from latent_dmmd.baselines import VelocityNet  # noqa: F401
