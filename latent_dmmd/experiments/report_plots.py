@@ -97,7 +97,7 @@ def means_and_errors(values: list[list[float]]) -> tuple[list[float], list[float
 def plot(path: Path, drawn: dict, x_label: str, title: str, lines: dict[str, float]) -> None:
     """One plot: a line with bars for every label, a level for what has no x, and grey lines."""
     from matplotlib.figure import Figure  # not pyplot, whose backend is the caller's
-    from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
+    from matplotlib.ticker import FixedLocator, LogLocator
 
     figure = Figure(figsize=(6.4, 4.8))
     axis = figure.subplots()
@@ -108,20 +108,24 @@ def plot(path: Path, drawn: dict, x_label: str, title: str, lines: dict[str, flo
             style = dict(marker="os^Dv"[i // 10 % 5], markersize=4, capsize=3, color=f"C{i % 10}")
             axis.errorbar(x, means, errors, label=label, **style)
     axis.set_xscale("log")
-    if x_label == "NFE":
-        axis.set_xticks(sorted({nfe for x, _, _ in drawn.values() for nfe in x or ()}))
-    else:
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_major_formatter(ScalarFormatter())
-    axis.xaxis.set_minor_locator(NullLocator())
+    numbers = sorted({nfe for x, _, _ in drawn.values() for nfe in x or ()})
+    plain_ticks(axis.xaxis, FixedLocator(numbers) if x_label == "NFE" else LogLocator(subs=(1, 2, 5)))
     for (label, value), style in zip(lines.items(), LINES.values()):
         axis.axhline(value, color="grey", linestyle=style, linewidth=1, label=label)
     if lines:
         axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(ScalarFormatter())
-        axis.yaxis.set_minor_formatter(ScalarFormatter())
+        plain_ticks(axis.yaxis, LogLocator(subs=(1, 2, 3, 5)))
     axis.grid(alpha=0.3, which="both")
     axis.set_xlabel(x_label)
     axis.set_ylabel(f"{title} ({'higher' if title in ('recall', 'coverage') else 'lower'} is better)")
     axis.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
     figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def plain_ticks(axis, locator) -> None:
+    """Ticks where a locator puts them, as plain numbers, and none between."""
+    from matplotlib.ticker import NullLocator, ScalarFormatter
+
+    axis.set_major_locator(locator)
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_locator(NullLocator())
