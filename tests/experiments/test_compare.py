@@ -232,7 +232,7 @@ def test_what_is_half_written_is_passed_over(damage, elsewhere, no_work, capsys)
     assert row is None or len(row["frechet_distance"]) == 1
 
 
-def test_a_scored_run_needs_its_pipeline_only_for_other_sets(elsewhere, finished_once, no_work, monkeypatch):
+def test_a_scored_run_needs_its_pipeline_only_for_other_sets(elsewhere, finished_once, no_work):
     for folder in Comparison(CompareConfig(**elsewhere)).export_dir.glob("*/pipeline"):
         shutil.rmtree(folder)
     assert plain(run_comparison(Comparison(CompareConfig(**elsewhere)))) == plain(finished_once[1])
