@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from latent_dmmd.experiments.compare import Comparison, Run
 from latent_dmmd.pipeline import load_pipeline
 from latent_dmmd.training.config import save_config
 from latent_dmmd.training.differences import differing_keys
-from latent_dmmd.utils.errors import ConfigError
+from latent_dmmd.utils.errors import ConfigError, check
 from latent_dmmd.utils.files import write_aside, write_json
 
 SCORES, PIPELINE = "scores.json", "pipeline"
@@ -58,9 +58,12 @@ def read_finished(folder: Path) -> dict | None:
     pipeline may be gone as a whole."""
     try:
         scores = json.loads((folder / SCORES).read_text())
-        removed = f"{PIPELINE}/" if scores["scored"] and not (folder / PIPELINE).exists() else None
-        sizes = {name: size for name, size in scores["files"].items() if not (removed and name.startswith(removed))}
-        whole = all((folder / name).stat().st_size == size for name, size in sizes.items())
+        removed = bool(scores["scored"]) and not (folder / PIPELINE).exists()
+        whole = all(
+            (folder / name).stat().st_size == size
+            for name, size in scores["files"].items()
+            if not (removed and name.startswith(f"{PIPELINE}/"))
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return scores if whole else None
@@ -105,7 +108,8 @@ def save_half(folder: Path, target: Path) -> None:
 def reasons_against(comparison: Comparison, run: Run, scores: dict | None) -> list[str]:
     """Why what a run left is not what the comparison asks for; none if it is."""
     config, folder = comparison.config, comparison.export_dir / run.name
-    if scores is None or (scores.get("autoencoder") and not autoencoder_folder(comparison, scores).is_dir()):
+    name = (scores or {}).get("autoencoder")
+    if scores is None or (name and not autoencoder_of(comparison, name).is_dir()):
         return ["not finished"]
     if scores.get("trained") != config.trained.get(run.name):
         return [f"trained is {config.trained.get(run.name)} (was {scores.get('trained')})"]
@@ -133,27 +137,34 @@ def budget_text(budget: dict) -> str:
     return " ".join(f"{value:g} {name.removeprefix('num_')}" for name, value in budget.items() if value is not None)
 
 
-def autoencoder_folder(comparison: Comparison, scores: dict) -> Path:
-    """Where the autoencoder of a finished run lies: the bundled one of these weights, or a copy."""
-    name = scores["autoencoder"]
-    bundled = (folder for folder in BUNDLED_AUTOENCODERS.values() if weights_hash(folder) == name)
-    return next(bundled, comparison.export_dir / "autoencoders" / name)
+def autoencoder_of(comparison: Comparison, name: str) -> Path:
+    """Where the autoencoder of finished runs with this hash of its weights lies: the bundled one, or a copy."""
+    return bundled_by_hash().get(name, comparison.export_dir / "autoencoders" / name)
+
+
+@cache
+def bundled_by_hash() -> dict[str, Path]:
+    """The bundled autoencoders by the hashes of their weights, which are read once."""
+    return {weights_hash(folder): folder for folder in BUNDLED_AUTOENCODERS.values()}
 
 
 def pipeline_of(comparison: Comparison, run: Run) -> Path | str:
     """The pipeline of a finished or loaded run: a bundled name, or a folder. What a finished run left is put together
-    in the comparison's folder. Raises ConfigError if its pipeline was removed."""
+    in the comparison's folder. Raises ConfigError if it is not finished, or its pipeline was removed."""
     if run.name in comparison.config.trained:
         return comparison.config.trained[run.name]
     folder, target = comparison.export_dir / run.name, comparison.folder / "pipelines" / run.name
-    if not (folder / PIPELINE).is_dir():
-        raise ConfigError(f"{folder} holds scores but no pipeline, which is needed; remove it to train the run again")
     scores = read_finished(folder)
+    check(scores is not None, f"{run.name} is needed and not finished; finish it first")
+    check(
+        (folder / PIPELINE).is_dir(),
+        f"{folder} holds scores but no pipeline, which is needed; remove it to train the run again",
+    )
 
     def put_together(aside: Path) -> None:
         shutil.copytree(folder / PIPELINE, aside)
         if scores["autoencoder"] is not None:
-            shutil.copytree(autoencoder_folder(comparison, scores), aside / "vae")
+            shutil.copytree(autoencoder_of(comparison, scores["autoencoder"]), aside / "vae")
 
     target.parent.mkdir(parents=True, exist_ok=True)
     write_aside(target, put_together)
@@ -198,7 +209,7 @@ def keep_autoencoder(comparison: Comparison, vae: Path) -> str | None:
     if not vae.is_dir():
         return None
     name = weights_hash(vae)
-    folder = autoencoder_folder(comparison, {"autoencoder": name})
+    folder = autoencoder_of(comparison, name)
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         write_aside(folder, partial(shutil.copytree, vae))

@@ -108,14 +108,14 @@ def plot(path: Path, drawn: dict, x_label: str, title: str, lines: dict[str, flo
             style = dict(marker="os^Dv"[i // 10 % 5], markersize=4, capsize=3, color=f"C{i % 10}")
             axis.errorbar(x, means, errors, label=label, **style)
     axis.set_xscale("log")
-    numbers = sorted({nfe for x, _, _ in drawn.values() for nfe in x or ()})
-    plain_ticks(axis.xaxis, FixedLocator(numbers) if x_label == "NFE" else LogLocator(subs=(1, 2, 5)))
+    values = sorted({value for x, _, _ in drawn.values() for value in x or ()})
+    plain_ticks(axis.xaxis, FixedLocator(values) if x_label == "NFE" else LogLocator(subs=(1, 2, 5)))
     for (label, value), style in zip(lines.items(), LINES.values()):
         axis.axhline(value, color="grey", linestyle=style, linewidth=1, label=label)
     if lines:
         axis.set_yscale("log")
         plain_ticks(axis.yaxis, LogLocator(subs=(1, 2, 3, 5)))
-    axis.grid(alpha=0.3, which="both")
+    axis.grid(alpha=0.3)
     axis.set_xlabel(x_label)
     axis.set_ylabel(f"{title} ({'higher' if title in ('recall', 'coverage') else 'lower'} is better)")
     axis.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)

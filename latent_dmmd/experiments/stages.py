@@ -305,8 +305,10 @@ def measure_speed(comparison: Comparison) -> dict[str, dict]:
     known = read_measured(path, [*ways, "decode"], given=False)
     if known is None:
         # all of them again: only figures of one measurement are compared
-        loaded = {name: comparison.config.trained.get(first_run(comparison, name).name) for name in entries}
-        sources = {name: loaded[name] or cost_config(comparison, name) for name in entries}
+        loaded = comparison.config.trained
+        sources = {
+            name: loaded.get(first_run(comparison, name).name) or cost_config(comparison, name) for name in entries
+        }
         known = in_a_process(sampling_costs, sources, ways, comparison.config.dmmd)
         write_json(path, known)
     return known

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from latent_dmmd.data.autoencoder import Autoencoder, load_autoencoder
 from latent_dmmd.data.particles import LatentCache, Particles, PixelCache
 from latent_dmmd.latent_pipeline import FlowOptions, LatentPipeline
+from latent_dmmd.methods.witness import WitnessConfig
 from latent_dmmd.pipeline import load_pipeline
 from latent_dmmd.training.config import Config
 from latent_dmmd.training.loop import train
@@ -135,7 +136,7 @@ def untrained(config: Config, accelerator: Accelerator) -> tuple[Trainer, Partic
 
 def untrained_pipeline(config: Config, num_noise_levels: int) -> LatentPipeline:
     """A pipeline of random weights, which takes the time of a trained one; one that has noise levels, with so many."""
-    if hasattr(config.objective, "num_noise_levels"):
+    if isinstance(config.objective, WitnessConfig):
         fewer = {"num_noise_levels": num_noise_levels}
         objective, sampling = replace(config.objective, **fewer), replace(config.sampling, **fewer)
         config = replace(config, objective=objective, sampling=sampling)

@@ -240,6 +240,13 @@ def test_a_scored_run_needs_its_pipeline_only_for_other_sets(elsewhere, finished
         run_comparison(Comparison(CompareConfig(**{**elsewhere, "num_images": 8})))
 
 
+def test_a_teacher_that_is_not_finished_is_one_line(elsewhere):
+    for name in ("latent-dmmd-seed-0", "one-step"):
+        shutil.rmtree(Comparison(CompareConfig(**elsewhere)).export_dir / name)
+    with pytest.raises(ConfigError, match="^latent-dmmd-seed-0 is needed and not finished; finish it first$"):
+        run_comparison(Comparison(CompareConfig(**{**elsewhere, "only": ["one-step"]})))
+
+
 def test_speed_is_measured_without_a_trained_pipeline(elsewhere, finished_once):
     comparison = Comparison(CompareConfig(**elsewhere))
     for path in (*comparison.export_dir.glob("*/pipeline"), comparison.export_dir / "speed.json"):
@@ -307,7 +314,7 @@ def test_exports_are_in_float16_and_score_as_they_are(finished_once):
 def test_a_bundled_autoencoder_is_not_copied(settings):
     comparison, bundled = Comparison(CompareConfig(**settings)), BUNDLED_AUTOENCODERS["elpv-vae-f16c16"]
     name = exports.keep_autoencoder(comparison, bundled)
-    assert exports.autoencoder_folder(comparison, {"autoencoder": name}) == bundled
+    assert exports.autoencoder_of(comparison, name) == bundled
     assert not comparison.export_dir.exists()
 
 
