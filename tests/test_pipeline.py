@@ -213,15 +213,18 @@ def test_bundled_pipelines_make_images(folder):
     pipe.set_progress_bar_config(disable=True)
     images = pipe(2, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
     assert images.shape == (2, 3, 256, 256) and 0.05 < images.std() < 0.5
-    assert "cc-by-nc-sa-4.0" in (folder / "README.md").read_text()
+    licence = {"elpv": "cc-by-nc-sa-4.0", "openmoji": "cc-by-sa-4.0"}[folder.name.partition("-")[0]]
+    assert f"license: {licence}\n" in (folder / "README.md").read_text()
 
 
 def test_bundled_pipelines_load_by_name_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert bundled_pipelines() == [folder.name for folder in PIPELINES] != []
-    z = torch.randn(1, 16, 16, 16)
-    how = dict(latents=z, num_inference_steps=2, output_type="latent")
-    for name, cls in (("elpv-dmmd", LatentDMMDPipeline), ("elpv-flow-matching", LatentSchedulerPipeline)):
+    classes = {"dmmd": LatentDMMDPipeline, "flow-matching": LatentSchedulerPipeline}
+    for name in bundled_pipelines():
+        data, _, method = name.partition("-")
+        cls, channels = classes[method], {"elpv": 16, "openmoji": 8}[data]
+        how = dict(latents=torch.randn(1, channels, 16, 16), num_inference_steps=2, output_type="latent")
         found = []
         for pipe in (cls.from_pretrained(name), load_pipeline(name), load_pipeline(ASSETS / name)):
             assert type(pipe) is cls
