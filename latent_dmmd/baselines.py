@@ -6,8 +6,8 @@
 
 Witness matching is this with v restricted to gradients of witnesses; here v is the network's output itself.
 
-**DDPM** (Ho et al., 2020) predicts the noise of a variance-preserving process at 1,000 times, L = E ‖ε̂(x_t, t) − ε‖²;
-it is sampled by DDIM (Song et al., 2021).
+**DDPM** (Ho et al., 2020) predicts the noise of a variance-preserving process at 1,000 times, L = E ‖ε̂(x_t, t) − ε‖²,
+or the velocity √ᾱ_t ε − √(1 − ᾱ_t) x_0 (Salimans and Ho, 2022); it is sampled by DDIM (Song et al., 2021).
 
 **MMD-GAN** (Li et al., 2017; Bińkowski et al., 2018) trains a generator G against the same features φ as critic,
 
@@ -143,13 +143,15 @@ class FlowMatching(TimedObjective):
 
 
 class DDPM(TimedObjective):
-    """Noise prediction: `net` is a `VelocityNet` whose output is ε̂(x_t, t), at one of the scheduler's times.
+    """Noise prediction: `net` is a `VelocityNet` whose output is ε̂(x_t, t), at one of the scheduler's times, or the
+    velocity √ᾱ_t ε − √(1 − ᾱ_t) x_0 (Salimans and Ho, 2022, section 4) where the scheduler says so.
 
-    Terms: `noise_prediction`, the unexplained fraction of ε.
+    Terms: `noise_prediction` or `velocity_prediction`, the mean squared error.
 
     Args:
         net: The network.
-        scheduler: The forward process; the network sees its times divided by their number.
+        scheduler: The forward process, with `prediction_type` "epsilon" or "v_prediction"; the network sees its times
+            divided by their number.
     """
 
     def __init__(self, net: nn.Module, scheduler: DDPMScheduler | None = None) -> None:
@@ -161,8 +163,11 @@ class DDPM(TimedObjective):
         num_times = self.scheduler.config.num_train_timesteps
         times = (u * num_times).long().clamp(max=num_times - 1)
         x_t = self.scheduler.add_noise(x_0, eps, times)
-        error = (self.net(x_t, times / num_times) - eps).square().mean()
-        return Terms(error, {"noise_prediction": error.detach()})
+        name, target = "noise_prediction", eps
+        if self.scheduler.config.prediction_type == "v_prediction":
+            name, target = "velocity_prediction", self.scheduler.get_velocity(x_0, eps, times)
+        error = (self.net(x_t, times / num_times) - target).square().mean()
+        return Terms(error, {name: error.detach()})
 
 
 class MMDGAN(DMMD):

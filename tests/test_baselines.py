@@ -17,6 +17,7 @@ from latent_dmmd.baselines import (
 from latent_dmmd.data.particles import LatentCache
 from latent_dmmd.discrepancy import mmd2
 from latent_dmmd.latent_pipeline import FlowOptions
+from latent_dmmd.methods.ddpm import DDPMConfig, DDPMMethod
 from latent_dmmd.objective import Batch, Generators
 from latent_dmmd.pipeline import LatentSchedulerPipeline
 
@@ -85,24 +86,32 @@ def random_batch(pairs=12):
     return Batch(x_0, torch.zeros(1, dtype=torch.long), eps, torch.rand(1, pairs, generator=generator))
 
 
-class GaussianNoise(nn.Module):
-    """The exact noise E[ε | x_t] of a DDPM scheduler for x_0 ~ N(0, s² I); `gain` spoils it."""
+PREDICTIONS = ["epsilon", "v_prediction"]
 
-    def __init__(self, std, gain=1.0):
+
+class GaussianPrediction(nn.Module):
+    """The exact noise E[ε | x_t] of a DDPM scheduler for x_0 ~ N(0, s² I), or the exact velocity; `gain` spoils it."""
+
+    def __init__(self, prediction_type, std, gain=1.0):
         super().__init__()
-        self.std, self.gain, self.alphas = std, gain, DDPMScheduler().alphas_cumprod
+        self.prediction_type, self.std, self.gain = prediction_type, std, gain
+        self.alphas = DDPMScheduler().alphas_cumprod
 
     def forward(self, x, t):
         alpha = self.alphas[(t * 1000).round().long()].reshape(-1, *[1] * (x.ndim - 1))
-        return self.gain * (1 - alpha).sqrt() * x / (alpha * self.std**2 + 1 - alpha)
+        noise = (1 - alpha).sqrt() * x / (alpha * self.std**2 + 1 - alpha)
+        velocity = (noise - (1 - alpha).sqrt() * x) / alpha.sqrt()
+        return self.gain * {"epsilon": noise, "v_prediction": velocity}[self.prediction_type]
 
 
-def test_the_exact_noise_minimises_ddpm():
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_the_exact_prediction_minimises_ddpm(prediction_type):
     generator = torch.Generator().manual_seed(0)
     x_0 = 0.6 * torch.randn(4000, 1, 2, 2, generator=generator)
     batch = TimedPairs(x_0, torch.randn(x_0.shape, generator=generator), torch.rand(4000))
+    scheduler = DDPMScheduler(prediction_type=prediction_type)
     losses = [
-        DDPM(GaussianNoise(std, gain))(batch).total.item()
+        DDPM(GaussianPrediction(prediction_type, std, gain), scheduler)(batch).total.item()
         for std, gain in ((0.6, 1.0), (0.5, 1.0), (0.7, 1.0), (0.6, 0.9), (0.6, 1.1))
     ]
     assert min(losses) == losses[0]
@@ -147,13 +156,13 @@ def test_flow_matching_begins_anywhere_and_ddpm_at_noise():
         ddpm.move(x_0, 2, 0.6)
 
 
-def test_ddim_with_the_exact_noise_arrives_at_the_data():
-    options = dict(clip_sample=False, timestep_spacing="trailing")
-    scheduler = DDIMScheduler.from_config(DDPMScheduler().config, **options)
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_ddim_with_the_exact_prediction_arrives_at_the_data(prediction_type):
+    scheduler = DDPMMethod(DDPMConfig(prediction_type=prediction_type)).scheduler()
     pipe = LatentSchedulerPipeline(tiny_velocity(**SIZES), scheduler)
     pipe.set_progress_bar_config(disable=True)
     pipe.flow_options = FlowOptions(chunk_size=None)
-    exact = GaussianNoise(0.6)
+    exact = GaussianPrediction(prediction_type, 0.6)
     pipe.network.forward = lambda x, t: exact(x, t.expand(len(x)))
     z = torch.randn(500, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     end = pipe(500, num_inference_steps=100, latents=z, output_type="latent").images

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import TINY_NET, random_embeddings, tiny_features, tiny_pipeline, tiny_velocity
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -241,6 +241,7 @@ OBJECTIVES = {
     "flow matching": lambda: FlowMatching(velocity()),
     "logit-normal": lambda: FlowMatching(velocity(), "logit_normal"),
     "ddpm": lambda: DDPM(velocity()),
+    "ddpm, velocity": lambda: DDPM(velocity(), DDPMScheduler(prediction_type="v_prediction")),
     "mmd-gan": lambda: MMDGAN(GeneratorAndCritic(velocity(), features())),
     "one step": lambda: OneStep(velocity()),
 }

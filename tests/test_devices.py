@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
 from conftest import metrics, tiny_features, tiny_pipeline, tiny_velocity
+from diffusers import DDPMScheduler
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
@@ -119,6 +120,7 @@ OBJECTIVES = {
     "kale": dmmd(name="kale"),
     "flow matching": lambda device: FlowMatching(velocity()),
     "ddpm": lambda device: DDPM(velocity()),
+    "ddpm, velocity": lambda device: DDPM(velocity(), DDPMScheduler(prediction_type="v_prediction")),
     "mmd-gan": lambda device: MMDGAN(GeneratorAndCritic(velocity(), features())),
     "one step": lambda device: OneStep(velocity()),
 }

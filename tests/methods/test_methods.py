@@ -51,11 +51,17 @@ def test_witnesses_train_at_the_levels_of_their_key(plain_arguments, name, schem
 
 
 @pytest.mark.parametrize(
-    "method, term", [("flow-matching", "cosine"), ("ddpm", "noise_prediction"), ("mmd-gan", "mmd2")]
+    "method, term",
+    [
+        ("flow-matching", "cosine"),
+        ("ddpm", "noise_prediction"),
+        ("ddpm --objective.prediction_type v_prediction", "velocity_prediction"),
+        ("mmd-gan", "mmd2"),
+    ],
 )
 @pytest.mark.parametrize("space", ["latent", "pixel"])
 def test_baselines_train_and_sample_by_one_key(plain_arguments, method, term, space):
-    extra = ["--objective.name", method]
+    extra = ["--objective.name", *method.split()]
     if space == "pixel":
         extra += ["--autoencoder.name_or_path", "null", "--feature_net.patch_size", "8"]
     folder = train(parse_config(Config, [*plain_arguments, *extra]))
