@@ -21,8 +21,8 @@ import torch
 from latent_dmmd.data.autoencoder import BUNDLED_AUTOENCODERS
 from latent_dmmd.experiments.compare import Comparison, Run
 from latent_dmmd.pipeline import load_pipeline
-from latent_dmmd.training.config import save_config
-from latent_dmmd.training.differences import differing_keys
+from latent_dmmd.training.config import as_dict, save_config
+from latent_dmmd.training.differences import CALL, differing_keys, flatten
 from latent_dmmd.utils.errors import ConfigError, check
 from latent_dmmd.utils.files import write_aside, write_json
 
@@ -121,6 +121,16 @@ def reasons_against(comparison: Comparison, run: Run, scores: dict | None) -> li
     if any(asked.values()) and scores.get("budget") != asked:
         reasons.append(f"the budget is {budget_text(asked)} (was {budget_text(scores.get('budget') or {})})")
     return reasons
+
+
+def made_by(comparison: Comparison, run: Run) -> str:
+    """What the images of a run are made by, but for its steps: its name and a short hash of the keys that its weights
+    follow from, or the loaded pipeline."""
+    if run.name in comparison.config.trained:
+        return comparison.config.trained[run.name]
+    values = flatten(as_dict(comparison.config_of(run, num_steps=1)))
+    kept = {name: value for name, value in values.items() if name not in NOT_COMPARED and name not in CALL}
+    return f"{run.name} {hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
 def finished(comparison: Comparison, run: Run) -> dict | None:

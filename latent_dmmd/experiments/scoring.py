@@ -58,7 +58,7 @@ class Scorer:
                 features.append(net(batch.to(next(net.parameters()).device))[0].float().cpu())
         return [torch.cat(features) for features in found]
 
-    def make_set(self, path: Path, label: str, seed: int, draw: Callable[[int, torch.Generator], Tensor], made_of: str):
+    def make_set(self, path: Path, label: str, seed: int, draw: Callable[[int, torch.Generator], Tensor], source: str):
         """Write features of generated images, and the first images, unless the file holds this set.
 
         Args:
@@ -66,11 +66,11 @@ class Scorer:
             label: What it is called.
             seed: The sampling seed.
             draw: From a number and a generator to uint8 images; called for at most `batch_size` at once.
-            made_of: The pipeline.
+            source: What makes them, such as a pipeline.
         """
         config = self.comparison.config
         made_for = {name: str(getattr(config, name)) for name in ("num_images", "batch_size")}
-        made_for |= {"extractors": " ".join(self.comparison.extractors), "pipeline": made_of}
+        made_for |= {"extractors": " ".join(self.comparison.extractors), "pipeline": source}
         if holds(path, made_for):
             return
         print(f"{label}, seed {seed}: {config.num_images} images")

@@ -36,6 +36,7 @@ from latent_dmmd.experiments.exports import (
     finished,
     first_run,
     holds_sets,
+    made_by,
     pipeline_of,
     read_finished,
     read_measured,
@@ -121,7 +122,7 @@ def finish_run(comparison: Comparison, run: Run, costs: dict[str, dict], scorer:
     if found is None and not loaded:
         write_run(comparison, run, scores | NOT_SCORED, folder, {})  # another machine can score it
     all_sets = comparison.sets(run, "trained" if loaded else f"{facts['num_steps']}-steps")
-    scored = make_sets(scorer, run.name, all_sets, drawing(folder), str(folder) if loaded else run.name)
+    scored = make_sets(scorer, run.name, all_sets, drawing(folder), made_by(comparison, run))
     is_first = run == first_run(comparison, run.entry)
     grids, images = show_sets(comparison, scorer, run.entry, all_sets) if is_first else ({}, [])
     scores |= {"scored": scored_as(comparison), "sets": scored, "images": images}
@@ -153,7 +154,7 @@ def train_run(comparison: Comparison, run: Run, costs: dict[str, dict], scorer: 
             continue
         if share < 1:
             sets = comparison.sets(run, f"{reached}-steps", milestone=True)
-            scored = make_sets(scorer, run.name, sets, drawing(source), run.name)
+            scored = make_sets(scorer, run.name, sets, drawing(source), made_by(comparison, run))
             minutes = reached * cost["seconds"] / 60
             curve += [{**row, "num_steps": reached, "minutes": minutes} for row in scored]
     record = json.loads((comparison.run_folder(run) / "trained.json").read_text())
@@ -194,7 +195,7 @@ def training_config(comparison: Comparison, run: Run, num_steps: int) -> Config:
 
 
 def make_sets(
-    scorer: Scorer, name: str, all_sets: list[Sets], draw_of: Callable[[int, dict], Draw], made_of: str
+    scorer: Scorer, name: str, all_sets: list[Sets], draw_of: Callable[[int, dict], Draw], source: str
 ) -> list[dict]:
     """Generate the sets of a run that are missing, and score them all; one row each.
 
@@ -203,12 +204,12 @@ def make_sets(
         name: The run.
         all_sets: The sets.
         draw_of: From NFE and options of the pipeline's call to what draws images.
-        made_of: The pipeline.
+        source: What makes them; a set of something else is generated again.
     """
     rows = []
     for sets in all_sets:
         for (nfe, seed), path in sets.files.items():
-            scorer.make_set(path, f"{name}: {sets.label}, {nfe} NFE", seed, draw_of(nfe, sets.options), made_of)
+            scorer.make_set(path, f"{name}: {sets.label}, {nfe} NFE", seed, draw_of(nfe, sets.options), source)
             scores, *second = scorer.score_set(path)
             row = {"label": sets.label, "nfe": nfe, "seed": seed, "scores": scores}
             rows.append(row | ({"second": second[0]} if second else {}))

@@ -369,6 +369,20 @@ def test_more_steps_go_on(settings):
     assert score_of(longer, label, 2) != score_of(first, label, 2)
 
 
+def test_sets_of_another_training_are_not_scored(settings):
+    settings |= {"include": ["latent-dmmd", "latent-flow-matching"], "training_seeds": {}, "nfe": [2], "seeds": [0]}
+    settings |= {"second_extractor": None}
+    comparison, changed = Comparison(CompareConfig(**settings)), "latent-flow-matching"
+    first = run_comparison(comparison)
+    shutil.rmtree(comparison.folder / "runs" / changed)
+    keys = {"objective": {"name": "flow-matching"}, "training": {"learning_rate": 0.1}}
+    second = run_comparison(Comparison(CompareConfig(**settings | {"entries": {**ENTRIES, changed: keys}})))
+    assert score_of(second, changed, 2) != score_of(first, changed, 2)
+    halfway = [next(p["frechet_distance"] for p in r["curves"] if p["label"] == changed) for r in (first, second)]
+    assert halfway[0] != halfway[1]
+    assert score_of(second, "latent-dmmd exact", 2) == score_of(first, "latent-dmmd exact", 2)
+
+
 def test_trained_entries_are_loaded(finished_once, settings, tmp_path):
     first = Comparison(CompareConfig(**finished_once[0]))
     folder = tmp_path / "released"
