@@ -26,7 +26,7 @@ ASSETS = Path(str(files("latent_dmmd"))) / "assets"
 BUNDLED_AUTOENCODERS = {
     BUNDLED_AUTOENCODER: ASSETS / "elpv-vae",
     "elpv-vae-f16c16": ASSETS / "elpv-dmmd" / "vae",  # 16 × 16 pixels to one latent of 16 channels
-    "openmoji-vae": ASSETS / "openmoji-vae",
+    "openmoji-vae": ASSETS / "openmoji-dmmd" / "vae",
 }
 BUNDLED_FOR = {"elpv": BUNDLED_AUTOENCODER, "openmoji": "openmoji-vae"}
 

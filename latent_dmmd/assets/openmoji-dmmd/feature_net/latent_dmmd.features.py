@@ -1,0 +1,1 @@
+from latent_dmmd.features import EncoderFeatureNet  # noqa: F401

@@ -1,0 +1,1 @@
+from latent_dmmd.embeddings import MeanEmbeddings  # noqa: F401

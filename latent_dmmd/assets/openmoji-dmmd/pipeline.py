@@ -1,0 +1,1 @@
+from latent_dmmd.pipeline import LatentDMMDPipeline  # noqa: F401
