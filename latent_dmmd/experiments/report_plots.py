@@ -109,7 +109,7 @@ def plot(path: Path, drawn: dict, x_label: str, title: str, lines: dict[str, flo
             axis.errorbar(x, means, errors, label=label, **style)
     axis.set_xscale("log")
     values = sorted({value for x, _, _ in drawn.values() for value in x or ()})
-    plain_ticks(axis.xaxis, FixedLocator(values) if x_label == "NFE" else LogLocator(subs=(1, 2, 5)))
+    plain_ticks(axis.xaxis, FixedLocator(legible(values)) if x_label == "NFE" else LogLocator(subs=(1, 2, 5)))
     for (label, value), style in zip(lines.items(), LINES.values()):
         axis.axhline(value, color="grey", linestyle=style, linewidth=1, label=label)
     if lines:
@@ -120,6 +120,20 @@ def plot(path: Path, drawn: dict, x_label: str, title: str, lines: dict[str, flo
     axis.set_ylabel(f"{title} ({'higher' if title in ('recall', 'coverage') else 'lower'} is better)")
     axis.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
     figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def legible(values: list[float], gap: float = 0.05) -> list[float]:
+    """Rising positive numbers without those whose labels would touch the one before on a logarithmic axis.
+
+    Args:
+        values: The numbers.
+        gap: The least distance, as a share of the axis.
+    """
+    kept = values[:1]
+    for value in values[1:]:
+        if math.log(value / kept[-1]) >= gap * math.log(values[-1] / values[0]):
+            kept.append(value)
+    return kept
 
 
 def plain_ticks(axis, locator) -> None:

@@ -13,7 +13,7 @@ from latent_dmmd.experiments.compare import GAUSSIAN, CompareConfig, Comparison
 from latent_dmmd.experiments.exports import save_grids, scored_as, write_finished
 from latent_dmmd.experiments.grids import image_grid, shown_nfe
 from latent_dmmd.experiments.report import RESULTS, write_report
-from latent_dmmd.experiments.report_plots import drawn_rows, nfe_of
+from latent_dmmd.experiments.report_plots import drawn_rows, legible, nfe_of
 from latent_dmmd.experiments.report_table import markdown_table, table_rows
 from latent_dmmd.experiments.summary import summarise
 from latent_dmmd.training.config import save_config
@@ -206,6 +206,12 @@ def test_a_page_without_speed_has_no_times(comparison):
     page = write_report(comparison, summarise(comparison), "")
     assert not (page.parent / "distance_time.png").exists() and (page.parent / "distance_nfe.png").exists()
     assert "| – |" in (page.parent / "table.md").read_text()
+
+
+def test_labels_of_an_axis_do_not_touch():
+    assert legible([10, 25, 30, 75, 100]) == [10, 25, 30, 75, 100]
+    assert legible([1, 10, 25, 30, 75, 100]) == [1, 10, 25, 75, 100]
+    assert legible([7]) == [7] and legible([]) == []
 
 
 def test_images_are_shown_at_the_usual_numbers():
