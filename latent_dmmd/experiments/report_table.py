@@ -2,6 +2,7 @@
 
 from latent_dmmd.experiments.compare import MAX_TABLE_ROWS
 from latent_dmmd.experiments.estimates import Estimate, estimate
+from latent_dmmd.experiments.exports import budget_text
 from latent_dmmd.experiments.grids import shown_nfe
 from latent_dmmd.experiments.summary import excess_of, level_of
 
@@ -10,9 +11,11 @@ ERRORS = "mean ± standard error over training seeds where there are several"
 
 
 def title_of(result: dict) -> str:
-    """What a data set is called."""
-    training = result["settings"]["training"]
-    return TITLES.get(training.partition(":")[0], training)
+    """What a comparison is called: by its data set, and by its budget where it has one."""
+    settings = result["settings"]
+    name = TITLES.get(settings["training"].partition(":")[0], settings["training"])
+    budget = budget_text({"minutes": settings["minutes"], "num_steps": settings["steps"]})
+    return f"{name}, {budget} of training" if budget else name
 
 
 def table_rows(result: dict) -> list[dict]:

@@ -14,7 +14,7 @@ from latent_dmmd.experiments.exports import save_grids, scored_as, write_finishe
 from latent_dmmd.experiments.grids import image_grid, shown_nfe
 from latent_dmmd.experiments.report import RESULTS, write_report
 from latent_dmmd.experiments.report_plots import drawn_rows, legible, nfe_of
-from latent_dmmd.experiments.report_table import markdown_table, table_rows
+from latent_dmmd.experiments.report_table import TITLES, markdown_table, table_rows, title_of
 from latent_dmmd.experiments.summary import summarise
 from latent_dmmd.training.config import save_config
 from latent_dmmd.utils.files import write_json
@@ -162,12 +162,19 @@ def test_a_page_of_two_data_sets(comparison, settings, tmp_path, capsys, no_plot
     write_report(second, summarise(second), "")
     page = write_report(first, summarise(first), "")
     both = page.read_text()
-    assert re.findall("<h2>(.*)</h2>", alone) == ["ELPV photographs"]
-    assert re.findall("<h2>(.*)</h2>", both) == ["ELPV photographs", "OpenMoji drawings"]
+    assert re.findall("<h2>(.*)</h2>", alone) == ["ELPV photographs, 4.5 minutes of training"]
+    assert re.findall("<h2>(.*)</h2>", both) == [f"{name}, 4.5 minutes of training" for name in TITLES.values()]
     assert both.count("data:image/webp") == 2 * alone.count("data:image/webp")
     assert len(json.loads((page.parent / "results.json").read_text())["beside"]) == 1
     table = (page.parent / "table.md").read_text()
     assert table.count("| model | NFE |") == 2 and table.index("ELPV photographs") < table.index("OpenMoji drawings")
+
+
+def test_comparisons_of_one_data_set_are_told_apart_by_their_budgets():
+    settings = {"training": "elpv:train", "minutes": 20.0, "steps": None}
+    assert title_of({"settings": settings}) == "ELPV photographs, 20 minutes of training"
+    assert title_of({"settings": settings | {"minutes": None, "steps": 7}}) == "ELPV photographs, 7 steps of training"
+    assert title_of({"settings": settings | {"minutes": None, "training": "mine"}}) == "mine"
 
 
 def test_other_files_beside_the_page_stay(comparison, no_plots):
