@@ -89,7 +89,7 @@ COMMANDS = {
     "compare": Command(
         "Study",
         "Train, sample and score DMMD and its alternatives alike, and write a page.",
-        "compare --config compare_elpv256 --minutes 90",
+        "compare --config compare_elpv256 --minutes 20",
     ),
     "complexity": Command(
         "Study",
