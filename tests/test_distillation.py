@@ -48,6 +48,27 @@ def test_making_pairs_goes_on_where_it_was(teacher, tmp_path):
     assert (tmp_path / "part" / "00000.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_run_killed_while_it_made_pairs_goes_on(one_step, tmp_path, monkeypatch):
+    folder, kept, write = tmp_path / "killed", [], distillation.write_aside
+    killed = [*one_step, "--output_dir", str(folder)]
+
+    def write_one(path, *args):
+        if kept:
+            raise KeyboardInterrupt
+        write(path, *args)
+        kept.append((path, path.stat().st_mtime_ns))
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(distillation, "write_aside", write_one)
+        train(parse_config(Config, killed))
+    with pytest.raises(ConfigError, match="another configuration: objective.teacher_steps"):  # whose pairs are others
+        train(parse_config(Config, [*killed, "--objective.teacher_steps", "2"]))
+    train(parse_config(Config, killed))
+    assert len(list((folder / "pairs").iterdir())) == 3
+    assert kept == [(path, path.stat().st_mtime_ns) for path, _ in kept]  # not made again
+    assert metrics(folder) == metrics(train(parse_config(Config, one_step)))
+
+
 def test_the_loss_against_loops():
     torch.manual_seed(0)
     net, x, eps = tiny_velocity(attention_levels=(False,)), torch.randn(6, 2, 4, 4), torch.randn(6, 2, 4, 4)

@@ -156,6 +156,11 @@ class Method:
         """What to train on instead of the data, kept in the run folder; None if it is the data."""
         return None
 
+    @classmethod
+    def makes_particles(cls) -> bool:
+        """Whether `own_particles` are what it trains on."""
+        return cls.own_particles is not Method.own_particles
+
     def check_sampling(self, sampling: SamplingDefaults) -> None:
         """Raise ConfigError if the method cannot be sampled so."""
 

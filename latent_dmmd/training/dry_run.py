@@ -23,7 +23,6 @@ from latent_dmmd.data.shards import (
     shard_path,
 )
 from latent_dmmd.data.sources import ImageSource, describe
-from latent_dmmd.methods.base import Method
 from latent_dmmd.training.checkpoints import (
     check_run_folder,
     checkpoint_to_resume,
@@ -140,7 +139,7 @@ def first_images(source: ImageSource, data: DataConfig, batch_size: int) -> dict
 def data_plan(parts: Setup, particles: LatentCache | PixelCache, seconds_per_image: float, config: Config) -> dict:
     """What becomes of the images before training, in lines by name. Raises DataError for a cache of something else."""
     count, data = num_known(parts.source), config.data
-    if type(parts.trainer.method).own_particles is not Method.own_particles:
+    if parts.trainer.method.makes_particles():
         return {"encoding": f"none: {config.objective.name} makes its own particles first, in the run folder"}
     if parts.vae is None:
         size = count and f", {count * particles.images_uint8[0].numel() / 2**20:,.0f} MB in memory"

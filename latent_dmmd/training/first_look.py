@@ -24,7 +24,7 @@ from latent_dmmd.data.autoencoder import (
 from latent_dmmd.data.folders import printable
 from latent_dmmd.data.shards import num_known, readable
 from latent_dmmd.data.sources import ImagesOrErrors, ImageSource, ImageStream, OnBadImage, counted
-from latent_dmmd.methods.base import METHODS, Method
+from latent_dmmd.methods.base import METHODS
 from latent_dmmd.training.autoencoder.config import FROM_SCRATCH, AutoencoderTrainingConfig
 from latent_dmmd.training.config import Config, DataConfig
 from latent_dmmd.utils.errors import DataError
@@ -55,7 +55,7 @@ def first_look(vae: Autoencoder | None, source: ImageSource, config: Config) -> 
         DataError: If an image that is looked at cannot be read and is not to be skipped, or all are of one colour.
         FloatingPointError: If latents or reconstruction of one are not finite; the message names it.
     """
-    if METHODS[config.objective.name].own_particles is not Method.own_particles:
+    if METHODS[config.objective.name].makes_particles():
         return [], None
     lines, count, batch_size = [], num_known(source), config.training.pairs_per_level
     if count is not None and count < batch_size:

@@ -154,6 +154,8 @@ def train_with(config: Config, accelerator: Accelerator) -> Path:
 
     # load
     with accelerator.main_process_first():
+        if trainer.method.makes_particles() and accelerator.is_main_process:
+            save_config(config, folder / "config.yaml")  # first: another run must not go on with some of them
         particles = trainer.method.own_particles(folder, options.seed)
     if particles is None:
         particles = load_particles(vae, source, config)
