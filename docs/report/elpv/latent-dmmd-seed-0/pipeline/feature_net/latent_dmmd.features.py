@@ -1,1 +1,0 @@
-from latent_dmmd.features import EncoderFeatureNet  # noqa: F401

@@ -1,1 +1,0 @@
-from latent_dmmd.embeddings import MeanEmbeddings  # noqa: F401

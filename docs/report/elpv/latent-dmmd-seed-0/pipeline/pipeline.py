@@ -1,1 +1,0 @@
-from latent_dmmd.pipeline import LatentDMMDPipeline  # noqa: F401
