@@ -1,0 +1,1 @@
+from latent_dmmd.baselines import VelocityNet  # noqa: F401

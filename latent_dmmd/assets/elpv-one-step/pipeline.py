@@ -1,0 +1,1 @@
+from latent_dmmd.pipeline import LatentSchedulerPipeline  # noqa: F401
