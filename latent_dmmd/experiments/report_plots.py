@@ -33,7 +33,8 @@ def plot_results(result: dict, folder: Path, prefix: str) -> list[tuple[Path, st
         found.append((path, f"{title} over {x_label}; {what(result)}"))
     if result["curves"]:
         path = folder / f"{prefix}distance_minutes.png"
-        text = f"training minutes ({settings['milestone_nfe']} NFE)"
+        numbers = sorted({point["nfe"] for point in result["curves"]})  # of a generator in one step another
+        text = f"training minutes ({' or '.join(map(str, numbers))} NFE)"
         plot(path, drawn_curves(result), text, name, levels(result, "frechet_distance", ""))
         found.append((path, f"{name} over {text}; {what(result)}"))
     return found

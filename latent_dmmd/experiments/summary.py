@@ -34,7 +34,7 @@ def summarise(comparison: Comparison) -> dict:
         "context": real["context"],
         "entries": {s["entry"]: s["entry_facts"] for s in reversed(found) if "entry_facts" in s},
         "rows": rows,
-        "curves": curves(found, rows, config.milestone_nfe),
+        "curves": curves(found, rows),
         "speed": speed,
         "images": [
             {**image, "file": f"{name}/{image['file']}"}
@@ -123,7 +123,7 @@ def seconds_per_image(comparison: Comparison, entry: str, label: str, nfe: int, 
     return sum(times * speed[name]["seconds"] for name, times in needed)
 
 
-def curves(found: list[dict], rows: list[dict], milestone_nfe: int) -> list[dict]:
+def curves(found: list[dict], rows: list[dict]) -> list[dict]:
     """Distances over training minutes: of first runs at milestones, of all at the end where the same NFE was scored."""
     points = [{**point, "entry": scores["entry"]} for scores in found for point in scores.get("curve") or []]
     facts = {scores["entry"]: scores["entry_facts"] for scores in found if "entry_facts" in scores}
@@ -132,8 +132,9 @@ def curves(found: list[dict], rows: list[dict], milestone_nfe: int) -> list[dict
         same = [point for point in points if (point["label"], point["num_steps"]) == (label, steps)]
         values = over_runs([point["scores"] for point in same])
         result.append({"label": label, "nfe": same[0]["nfe"], "minutes": same[0]["minutes"], **values})
+    milestones = {(point["label"], point["nfe"]) for point in result}
     for row in rows:
-        if row["entry"] in facts and row["nfe"] == milestone_nfe and any(c["label"] == row["label"] for c in result):
+        if row["entry"] in facts and (row["label"], row["nfe"]) in milestones:
             minutes = facts[row["entry"]]["training_minutes"]
             result.append({name: row[name] for name in ("label", "nfe", "frechet_distance")} | {"minutes": minutes})
     return result

@@ -62,7 +62,7 @@ def make_up(comparison, side=64):
             for label, nfe, seed in sets
         ]
         facts = dict(num_parameters=2_500_000, num_steps=900, seconds_per_step=0.3, training_minutes=4.5, peak_mb=900.0)
-        curve = [{**row, "num_steps": 90, "minutes": 0.45} for row in rows if row["nfe"] == 10]
+        curve = [{**row, "num_steps": 90, "minutes": 0.45} for row in rows if row["nfe"] in (1, 10)]
         curve = [{**row, "scores": made_up_scores(2 * row["scores"]["frechet_distance"])} for row in curve]
         files = {f"{label}-{nfe}.webp".replace(" ", "-"): (label, nfe) for label, nfe, _ in sets if nfe in (1, 10)}
         images = [{"kind": "grid", "label": label, "nfe": nfe, "file": f} for f, (label, nfe) in files.items()]
@@ -184,6 +184,13 @@ def test_other_files_beside_the_page_stay(comparison, no_plots):
     write_report(comparison, summarise(comparison), "")
     assert (comparison.report_dir / "mine.txt").exists() and (comparison.report_dir / "elpv").exists()
     assert (comparison.export_dir / RESULTS).exists()
+
+
+def test_curves_end_at_the_sets_of_the_same_nfe(comparison):
+    result = summarise(comparison)
+    for label, nfe in (("latent-dmmd exact", 10), ("latent-mmd-gan", 1)):  # one step has no other
+        points = [(p["nfe"], p["minutes"]) for p in result["curves"] if p["label"] == label]
+        assert points == [(nfe, 0.45), (nfe, 4.5)]
 
 
 def test_the_table_has_at_most_eight_rows(comparison):
