@@ -220,7 +220,7 @@ def test_bundled_pipelines_make_images(folder):
 def test_bundled_pipelines_load_by_name_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert bundled_pipelines() == [folder.name for folder in PIPELINES] != []
-    classes = {"dmmd": LatentDMMDPipeline, "flow-matching": LatentSchedulerPipeline}
+    classes = {"dmmd": LatentDMMDPipeline} | dict.fromkeys(("flow-matching", "one-step"), LatentSchedulerPipeline)
     for name in bundled_pipelines():
         data, _, method = name.partition("-")
         cls, channels = classes[method], {"elpv": 16, "openmoji": 8}[data]

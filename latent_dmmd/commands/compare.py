@@ -15,7 +15,8 @@ from latent_dmmd.utils.files import check_folder
 
 def main(args: list[str] | None = None) -> None:
     comparison = Comparison(parse_config(CompareConfig, args))
-    for folder in (comparison.report_dir, comparison.export_dir):
+    runs = [] if comparison.config.rebuild else [comparison.folder]
+    for folder in (*runs, comparison.report_dir, comparison.export_dir):
         check_folder(folder)
     result = run_comparison(comparison)
     if result is None:
