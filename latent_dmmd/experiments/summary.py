@@ -51,7 +51,7 @@ def settings(comparison: Comparison, counts: dict[str, int]) -> dict:
     config = comparison.config
     copied = (
         "num_images batch_size reference extractor second_extractor seeds minutes dmmd baseline pixel pixel_baseline"
-        " milestone_nfe trained table"
+        " trained table"
     )
     return {name: getattr(config, name) for name in copied.split()} | {
         "name": config.data,
