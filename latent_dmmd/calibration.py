@@ -8,7 +8,7 @@ there (`calibrate_on_particles`).
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from latent_dmmd.embeddings import MeanEmbeddings
 from latent_dmmd.flow import ApproximateFlow
 from latent_dmmd.schedule import flow_schedule
 
-Pairs = Iterable[tuple[Tensor, Tensor]]
+Pairs = Sequence[tuple[Tensor, Tensor]]
 
 
 def conditioned(net: nn.Module, label: int | None) -> Callable[[Tensor, Tensor], Tensor]:

@@ -187,7 +187,7 @@ def kale(x: Tensor, y: Tensor, kernel: Kernel | None = None, lam: float = 1.0) -
     kernel = (kernel or LinearKernel()).fitted(x, y)
     h = kale_dual(x, y, kernel, lam)
     w = h.exp()
-    entropy = (w * h - w + 1).mean(-1)
+    entropy = (w * h - h.expm1()).mean(-1)
     return (1 + lam) * (entropy + 0.5 * lam * kale_witness_of(h, x, y, kernel, lam).norm().square())
 
 

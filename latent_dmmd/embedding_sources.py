@@ -99,26 +99,27 @@ class RunningEmbeddings(EmbeddingSource):
         if self.num_steps % self.refresh_every == 0 or not self.num_updates[row].all():
             clean, noisy = objective.both_features(batch, x_t, self._net[0])
             update = self.replace_oldest if self.num_points else self.average
-            update(self.clean, row, clean.to(self.clean))
-            update(self.noisy, row, noisy.to(self.noisy))
-            self.num_updates[row] += 1
+            # one after the other: a step may draw a level twice
+            for *k, new_clean, new_noisy in zip(*(index.tolist() for index in row), clean, noisy):
+                k = tuple(k)
+                past = int(self.num_updates[k])
+                update(self.clean[k], past, new_clean.to(self.clean))
+                update(self.noisy[k], past, new_noisy.to(self.noisy))
+                self.num_updates[k] += 1
         self.num_steps += 1
         clean, noisy = self.clean[row], self.noisy[row]
         if not self.num_points:
             clean, noisy = clean[:, None], noisy[:, None]
         return objective.discrepancy.witness(noisy, clean)
 
-    def average(self, table: Tensor, row: tuple[Tensor, Tensor], phi: Tensor) -> None:
-        past = self.num_updates[row].float()[:, None]
-        # a plain average until it is as long as the exponential one
-        weight = torch.minimum(past / (past + 1), torch.full_like(past, self.momentum))
-        table[row] = weight * table[row] + (1 - weight) * phi.mean(1)
+    def average(self, mean: Tensor, past: int, draws: Tensor) -> None:
+        """Let draws (B, F) into a running mean (F) of `past` batches before."""
+        weight = min(past / (past + 1), self.momentum)  # a plain average until it is as long as the exponential one
+        mean.copy_(weight * mean + (1 - weight) * draws.mean(0))
 
-    def replace_oldest(self, table: Tensor, row: tuple[Tensor, Tensor], phi: Tensor) -> None:
-        # the first batch of a row fills all of its points
-        for *k, draws in zip(*(index.tolist() for index in row), phi):
-            k = tuple(k)
-            if self.num_updates[k] == 0:
-                table[k] = draws[torch.arange(self.num_points, device=draws.device) % len(draws)]
-            start = int(self.num_updates[k]) * len(draws)
-            table[k][(start + torch.arange(len(draws), device=draws.device)) % self.num_points] = draws
+    def replace_oldest(self, points: Tensor, past: int, draws: Tensor) -> None:
+        """Put draws (B, F) in the place of the oldest of points (M, F); the first batch fills all of them."""
+        if past == 0:
+            points.copy_(draws[torch.arange(self.num_points, device=draws.device) % len(draws)])
+        index = past * len(draws) + torch.arange(len(draws), device=draws.device)
+        points[index % self.num_points] = draws

@@ -53,9 +53,9 @@ class FeatureNet(BilinearFeatures):
     contains ⟨x, u(x, t)⟩ and gated ‖x‖² terms, so that ∇φ can return the network's own output and the input: the
     field a witness must have near t = 1 is close to x itself.
 
-    ∇φ lies in the span of the maps that read x: at most block_out_channels[0] + F directions of the C p² of a patch.
-    Where that is too few, as with patches of pixels, `squared_norm` adds gated (‖x‖² − D) / (2 √D) to every feature, so
-    that the flow can at least shrink the noise in all others.
+    ∇φ lies in the span of the maps that read x: with `conv_in_kernel` 1, at most block_out_channels[0] + F directions
+    of the C p² of a patch. Where that is too few, as with patches of pixels, `squared_norm` adds gated
+    (‖x‖² − D) / (2 √D) to every feature, so that the flow can at least shrink the noise in all others.
 
     Args:
         sample_size, in_channels, patch_size, block_out_channels, layers_per_block, attention_levels, num_groups,

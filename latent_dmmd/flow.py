@@ -228,7 +228,7 @@ class HybridFlow(Flow):
 
     def at(self, k: int) -> Flow:
         """The flow in use at the stored level with index k."""
-        return self.exact if self.embeddings.levels[k].item() <= self.exact_below else self.approximate
+        return self.exact if self.embeddings.levels[k].item() <= self.exact_below + 1e-6 else self.approximate
 
     def coefficients(self, step: FlowStep) -> tuple[float, float]:
         return self.at(step.level).coefficients(step)

@@ -116,10 +116,13 @@ class RationalQuadraticKernel(Kernel):
 @torch.no_grad()
 def median_distance(x: Tensor, y: Tensor) -> Tensor:
     """The median Euclidean distance between distinct points of x and y pooled, with shape (…)."""
-    points = torch.cat([x, y], dim=-2)
-    n = points.shape[-2]
-    i, j = torch.triu_indices(n, n, offset=1, device=points.device)
-    distances = squared_distances(points, points)[..., i, j]
+    with torch.autocast(x.device.type, enabled=False):
+        points = torch.cat([x, y], dim=-2)
+        points = points.to(torch.promote_types(points.dtype, torch.float32))
+        points = points - points.mean(-2, keepdim=True)  # distances stay, and cancel less
+        n = points.shape[-2]
+        i, j = torch.triu_indices(n, n, offset=1, device=points.device)
+        distances = squared_distances(points, points)[..., i, j]
     return distances.median(dim=-1).values.clamp(min=1e-12).sqrt()
 
 

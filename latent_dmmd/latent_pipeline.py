@@ -259,18 +259,28 @@ class LatentPipeline(DiffusionPipeline):
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Standardised particles (B, C, h, w) of pixels in [-1, 1], with shape (B, 3, H, W), in one chunk."""
         raw = pixels if self.vae is None else encode_moments(self.vae, pixels)[0]
+        self.check_finite(raw)
         return standardise(raw, self.config.latents_mean, self.config.latents_std)
 
     @torch.no_grad()
     def decode_to_pixels(self, z: Tensor) -> Tensor:
         """Pixels near [-1, 1], with shape (B, 3, H, W), of standardised particles, in one chunk."""
         raw = unstandardise(z, self.config.latents_mean, self.config.latents_std)
-        return raw if self.vae is None else decode_pixels(self.vae, raw)
+        pixels = raw if self.vae is None else decode_pixels(self.vae, raw)
+        self.check_finite(pixels)
+        return pixels
+
+    def check_finite(self, values: Tensor) -> None:
+        """Raise FloatingPointError for latents or pixels that would become black images."""
+        if not values.isfinite().all():
+            halves = self.vae is not None and self.vae.dtype == torch.float16
+            advice = "; its autoencoder overflows in float16: use bfloat16, or pipe.vae.float()" if halves else ""
+            raise FloatingPointError(f"this pipeline has made values that are not finite{advice}")
 
     @torch.no_grad()
     def decode(self, z: Tensor, output_type: OutputType = "pil") -> Tensor | list:
         """Images of standardised particles (B, C, h, w), in the chunks of `flow_options`."""
-        chunks = z.split(self.flow_options.chunk_size or len(z))
+        chunks = z.to(self._execution_device).split(self.flow_options.chunk_size or len(z))
         pixels = torch.cat([self.decode_to_pixels(chunk) for chunk in chunks])
         return self.image_processor.postprocess(pixels, output_type=output_type)
 

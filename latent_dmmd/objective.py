@@ -284,8 +284,8 @@ class DMMD(WitnessObjective):
 class WitnessMatching(WitnessObjective):
     """Regression of the normalised witness gradient on the displacement x_t − x_0.
 
-    Terms: `matching`, in [0, 1] for any sensible field: 1 is the zero field; and the diagnostics `mmd` (or `kale`), the
-    norm ‖f_t‖_H of the witness, and `cosine`, between witness gradient and displacement.
+    Terms: `matching`, the unexplained share of the target, about 1 for the zero field; and the diagnostics `mmd` (or
+    `kale`), the norm ‖f_t‖_H of the witness, and `cosine`, between witness gradient and displacement.
 
     Args:
         averaged_net: The averaged network (EMA of φ); needed for "ema" and "running".

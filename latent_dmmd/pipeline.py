@@ -4,12 +4,10 @@
 is compared with. Both are called alike: `pipe(batch_size, num_inference_steps=…, generator=…)`.
 """
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput
 from torch import Tensor, nn
@@ -36,8 +34,10 @@ from latent_dmmd.schedule import (
     Sampler,
     SamplingDefaults,
     SolverOrder,
+    check_nfe,
     flow_schedule,
     num_levels_up_to,
+    set_sigmas,
     steps_for_nfe,
 )
 from latent_dmmd.utils.process import default_device
@@ -76,6 +76,8 @@ class LatentDMMDPipeline(LatentPipeline):
         sampling: dict | None = None,
     ) -> None:
         super().__init__()
+        if any(feature_net.config[name] != mean_embeddings.config[name] for name in ("num_features", "num_classes")):
+            raise ValueError("mean_embeddings are of other features or classes than feature_net has")
         components = dict(feature_net=feature_net, mean_embeddings=mean_embeddings)
         statistics = dict(latents_mean=latents_mean, latents_std=latents_std)
         self.register(components, vae, **statistics, class_names=as_list(class_names), sampling=sampling)
@@ -90,8 +92,8 @@ class LatentDMMDPipeline(LatentPipeline):
         """How this pipeline generates where a call does not say; of first order where it was saved without one."""
         return SamplingDefaults(**{"solver_order": 1, **(self.config.sampling or {})})
 
-    def levels_and_steps(self, num_inference_steps: int, start: float = 1.0) -> tuple[int, int]:
-        """K and N_s of an NFE, from `start` on. Raises ValueError if one of them is out of range."""
+    def levels_and_steps(self, num_inference_steps: int, start: float = 1.0) -> tuple[int, list[int]]:
+        """K and the steps at each level of an NFE, from `start` on. Raises ValueError if one is out of range."""
         return steps_for_nfe(num_inference_steps, num_levels_up_to(start, self.mean_embeddings))
 
     def labels_of(self, class_labels: int | str | list[int | str] | None, batch_size: int) -> list[int | None]:
@@ -126,6 +128,8 @@ class LatentDMMDPipeline(LatentPipeline):
     def trajectory(self, num_inference_steps: int, start: float = 1.0) -> list[float]:
         if not isinstance(self.mean_embeddings.process, LinearInterpolant):
             raise ValueError("only flows of the linear forward process can be edited; see objective.forward_process")
+        if self.flow_options.step_size is not None:
+            raise ValueError("edits need calibrated steps; leave out step_size in flow_options")
         steps = flow_schedule(self.mean_embeddings, *self.levels_and_steps(num_inference_steps, start), start)
         return [self.mean_embeddings.levels[steps[0].level].item(), *(step.end for step in steps)]
 
@@ -148,11 +152,11 @@ class LatentDMMDPipeline(LatentPipeline):
 
         Steps are of first order by default: a callback may move particles off the path of the step before.
         """
+        z = outside_inference(z.to(self._execution_device))
         # offloading moves components with their forward, which these lack; by groups, it refuses their own `to`
         nn.Module.to(self.mean_embeddings, z.device)
         for component in (self.feature_net, self.mean_embeddings):
             take_outside_inference(component)
-        z = outside_inference(z)
         if num_inference_steps is not None:
             num_noise_levels, steps_per_level = self.levels_and_steps(num_inference_steps, start)
         own = self.sampling_defaults
@@ -202,7 +206,7 @@ class LatentDMMDPipeline(LatentPipeline):
 
         Args:
             batch_size: Number of particles, hence of images. With the exact sampler they interact.
-            num_inference_steps: The number of evaluations, instead of levels and steps: as many levels as divide it.
+            num_inference_steps: The number of evaluations, instead of levels and steps: all levels if it suffices.
             num_noise_levels: Noise levels K, at most the stored ones.
             steps_per_level: Gradient steps N_s at each.
             sampler: "approximate" (stored mean embeddings, independent particles), "exact" (mean embeddings of the
@@ -256,6 +260,7 @@ class LatentSchedulerPipeline(LatentPipeline):
         latents_std: Standard deviation of raw latents per channel, of length C.
         num_inference_steps: The NFE where a call does not say; 50 if nobody does.
         solver_order: Order of the steps of flow matching where a call does not say; 1 if nobody does.
+        one_step: Whether the network has learnt one step from noise and no others.
 
     What is None is what the network remembers of the pipeline it comes from.
     """
@@ -271,10 +276,11 @@ class LatentSchedulerPipeline(LatentPipeline):
         latents_std: list[float] | None = None,
         num_inference_steps: int | None = None,
         solver_order: int | None = None,
+        one_step: bool | None = None,
     ) -> None:
         super().__init__()
         statistics = dict(latents_mean=latents_mean, latents_std=latents_std)
-        options = dict(num_inference_steps=num_inference_steps, solver_order=solver_order)
+        options = dict(num_inference_steps=num_inference_steps, solver_order=solver_order, one_step=one_step)
         self.register(dict(network=network, scheduler=scheduler), vae, **statistics, **options)
 
     @property
@@ -285,14 +291,14 @@ class LatentSchedulerPipeline(LatentPipeline):
     @property
     def matches_flow(self) -> bool:
         """Whether particles follow the linear interpolant: flow matching, and one-step generators."""
-        return "sigmas" in inspect.signature(self.scheduler.set_timesteps).parameters
+        return isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler)
 
     def trajectory(self, num_inference_steps: int, start: float = 1.0) -> list[float]:
+        if self.config.one_step:
+            raise ValueError("a generator in one step has no flow to edit by; use DMMD or flow matching")
         if not self.matches_flow:
             raise ValueError("only flows of the linear forward process can be edited; this pipeline has another")
-        if not 0 < start <= 1:
-            raise ValueError(f"start must be in (0, 1]; got {start}")
-        return np.linspace(start, 0, num_inference_steps + 1).tolist()
+        return set_sigmas(self.scheduler, num_inference_steps, start)
 
     @torch.no_grad()
     def move(
@@ -304,23 +310,25 @@ class LatentSchedulerPipeline(LatentPipeline):
         solver_order: SolverOrder = 1,
     ) -> Tensor:
         """As of `LatentPipeline`; only flow matching can begin below 1, or have steps of second order."""
-        multistep = Multistep(solver_order)
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps must be at least 1; got {num_inference_steps}")
+        multistep, z = Multistep(solver_order), z.to(self._execution_device)
+        if self.config.one_step and num_inference_steps != 1:
+            raise ValueError(f"a generator in one step takes num_inference_steps=1; got {num_inference_steps}")
         if self.matches_flow:
-            # equal steps from start to 0; the scheduler's own end one early, at its smallest sigma
-            sigmas = self.trajectory(num_inference_steps, start)[:-1]
-            self.scheduler.set_timesteps(sigmas=sigmas, device=z.device)
+            set_sigmas(self.scheduler, num_inference_steps, start, z.device)
         elif start != 1:
             raise ValueError(f"start={start} needs flow matching; this pipeline begins at 1")
         else:
+            check_nfe(num_inference_steps)
             self.scheduler.set_timesteps(num_inference_steps, device=z.device)
         if solver_order == 2 and not self.matches_flow:
             raise ValueError("solver_order=2 needs flow matching; this pipeline has a scheduler of another process")
+        if not self.matches_flow:
+            z = z * self.scheduler.init_noise_sigma
         num_times = self.scheduler.config.num_train_timesteps
         for i, time in enumerate(self.progress_bar(self.scheduler.timesteps)):
             t = (time / num_times).to(z)
-            chunks = z.split(self.flow_options.chunk_size or len(z))
+            x = z if self.matches_flow else self.scheduler.scale_model_input(z, time)
+            chunks = x.split(self.flow_options.chunk_size or len(z))
             prediction = torch.cat([self.network(chunk, t) for chunk in chunks]).to(z)
             if solver_order == 2:
                 prediction = multistep(prediction, *self.scheduler.sigmas[i : i + 2].tolist())

@@ -13,6 +13,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from latent_dmmd.embeddings import MeanEmbeddings
@@ -51,14 +54,14 @@ class FlowStep:
 
 
 def flow_schedule(
-    embeddings: MeanEmbeddings, num_noise_levels: int, steps_per_level: int, start: float = 1.0
+    embeddings: MeanEmbeddings, num_noise_levels: int, steps_per_level: int | list[int], start: float = 1.0
 ) -> list[FlowStep]:
     """All steps of a flow, from high noise to low.
 
     Args:
         embeddings: The stored mean embeddings.
         num_noise_levels: K, at most the number of stored levels up to `start`, which are thinned evenly.
-        steps_per_level: N_s.
+        steps_per_level: N_s, at every level or at each of them, from high noise to low.
         start: Noise level of the initial particles, in (0, 1]; the flow begins at the highest stored level up to it.
 
     Raises:
@@ -70,14 +73,15 @@ def flow_schedule(
         raise ValueError(
             f"num_noise_levels must be in [1, {available}], the stored levels{up_to}; got {num_noise_levels}"
         )
-    if steps_per_level < 1:
+    counts = steps_per_level if isinstance(steps_per_level, list) else [steps_per_level] * num_noise_levels
+    if len(counts) != num_noise_levels or min(counts) < 1:
         raise ValueError(f"steps_per_level must be at least 1; got {steps_per_level}")
     levels = [-(-k * available // num_noise_levels) - 1 for k in range(num_noise_levels, 0, -1)]
     times = embeddings.levels.double().tolist()
     steps = []
-    for level, following in zip(levels, levels[1:] + [None]):
+    for level, following, count in zip(levels, levels[1:] + [None], counts):
         t, end = times[level], 0.0 if following is None else times[following]
-        at = [t + (end - t) * i / steps_per_level for i in range(steps_per_level + 1)]
+        at = [t + (end - t) * i / count for i in range(count + 1)]
         steps += [FlowStep(level, here, there) for here, there in zip(at, at[1:])]
     return steps
 
@@ -90,15 +94,50 @@ def num_levels_up_to(start: float, embeddings: MeanEmbeddings) -> int:
     return count
 
 
-def steps_for_nfe(nfe: int, num_stored_levels: int) -> tuple[int, int]:
-    """K noise levels, as many as are stored and divide the NFE, and N_s steps at each, K · N_s = NFE.
+def steps_for_nfe(nfe: int, num_stored_levels: int) -> tuple[int, list[int]]:
+    """K noise levels, as many as there are and the NFE allows, and the steps at each, which add up to the NFE.
+
+    Steps that do not divide by K are taken at low noise.
 
     Raises ValueError if the NFE is not positive.
     """
+    check_nfe(nfe)
+    levels = min(nfe, num_stored_levels)
+    each, more = divmod(nfe, levels)
+    return levels, [each] * (levels - more) + [each + 1] * more
+
+
+def check_nfe(nfe: int) -> None:
+    """Raise ValueError unless it is positive."""
     if nfe < 1:
         raise ValueError(f"num_inference_steps must be at least 1; got {nfe}")
-    levels = max(k for k in range(1, num_stored_levels + 1) if nfe % k == 0)
-    return levels, nfe // levels
+
+
+def set_sigmas(
+    scheduler: FlowMatchEulerDiscreteScheduler, nfe: int, start: float = 1.0, device: torch.device | None = None
+) -> list[float]:
+    """Give a scheduler of flow matching equal steps from a noise level to 0, moved by its `shift`.
+
+    Its own steps end one early, at its smallest sigma.
+
+    Args:
+        scheduler: The scheduler.
+        nfe: Steps.
+        start: The first noise level, in (0, 1].
+        device: Where the scheduler keeps its levels.
+
+    Returns:
+        The noise levels before the first step and after each.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    check_nfe(nfe)
+    if not 0 < start <= 1:
+        raise ValueError(f"start must be in (0, 1]; got {start}")
+    first = start / (scheduler.shift - (scheduler.shift - 1) * start)
+    scheduler.set_timesteps(sigmas=np.linspace(first, 0, nfe + 1)[:-1].tolist(), device=device)
+    return scheduler.sigmas.tolist()
 
 
 class Multistep:

@@ -1,7 +1,14 @@
 import pytest
 import torch
 from conftest import moved, tiny_features, tiny_velocity
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from torch import nn
 
 from latent_dmmd.baselines import (
@@ -154,6 +161,42 @@ def test_flow_matching_begins_anywhere_and_ddpm_at_noise():
     ddpm = LatentSchedulerPipeline(tiny_velocity(**SIZES), DDIMScheduler())
     with pytest.raises(ValueError, match="start=0.6 needs flow matching"):
         ddpm.move(x_0, 2, 0.6)
+
+
+def test_a_scheduler_that_shifts_its_levels_is_followed():
+    """The network hears of the level that a particle is at, and a flow begins at the level it was given."""
+    pipe = LatentSchedulerPipeline(tiny_velocity(**SIZES), FlowMatchEulerDiscreteScheduler(shift=3))
+    pipe.set_progress_bar_config(disable=True)
+    heard = []
+    pipe.network.forward = lambda x, t: heard.append(t.item()) or torch.zeros_like(x)
+    for start in (1.0, 0.5):
+        heard.clear()
+        levels = pipe.trajectory(5, start)
+        pipe.move(torch.randn(2, 2, 4, 4), 5, start)
+        assert levels[0] == pytest.approx(start) and levels[-1] == 0 and heard == pytest.approx(levels[:-1])
+    assert levels[1] != pytest.approx(0.4)  # shifted
+
+
+def test_a_generator_in_one_step_takes_one_and_does_not_edit():
+    net = tiny_velocity(**SIZES)
+    pipe = LatentSchedulerPipeline(net, FlowMatchEulerDiscreteScheduler(), num_inference_steps=1, one_step=True)
+    assert pipe(2, output_type="latent").images.shape == (2, 2, 4, 4)
+    with pytest.raises(ValueError, match="takes num_inference_steps=1; got 2"):
+        pipe(2, num_inference_steps=2)
+    with pytest.raises(ValueError, match="no flow to edit by"):
+        pipe.trajectory(1)
+
+
+@pytest.mark.parametrize("other", [DPMSolverMultistepScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler])
+def test_other_schedulers_of_diffusers_take_the_place_of_ddim(other):
+    scheduler = DDPMMethod(DDPMConfig()).scheduler()
+    pipe = LatentSchedulerPipeline(tiny_velocity(**SIZES), other.from_config(scheduler.config))
+    pipe.set_progress_bar_config(disable=True)
+    exact = GaussianPrediction("epsilon", 0.6)
+    pipe.network.forward = lambda x, t: exact(x, t.expand(len(x)))
+    z = torch.randn(500, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    end = pipe(500, num_inference_steps=50, latents=z, output_type="latent").images
+    torch.testing.assert_close(end, 0.6 * z, atol=0.15, rtol=0)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)

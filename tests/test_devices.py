@@ -24,7 +24,7 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
 from latent_dmmd import LatentDMMDPipeline
-from latent_dmmd.apps.film import film
+from latent_dmmd.apps.film import film, interpolation
 from latent_dmmd.baselines import DDPM, MMDGAN, FlowMatching, GeneratorAndCritic
 from latent_dmmd.data.autoencoder import load_autoencoder
 from latent_dmmd.data.particles import LatentCache
@@ -358,6 +358,11 @@ def test_films_and_diagnoses_are_those_of_the_cpu(device, run_of, workshop):
     there, here = (film(pipe, 2, 4, seeded()) for pipe in pipes)
     assert (there.int() - here.int()).abs().max() <= 1
     images_uint8 = load_images(str(workshop / "images"), 32).examples(8, 0)
+    there, here = (pipe.decode(pipe.move(pipe.encode(images_uint8), 2, 0.5), "pt").cpu() for pipe in pipes)
+    torch.testing.assert_close(there, here, **IMAGES)
+    ends = images_uint8[:2]
+    there, here = (interpolation(pipe, ends, 3, 0.5, 2, generator=seeded()) for pipe in pipes)
+    assert (there.int() - here.int()).abs().max() <= 1
     there, here = (Diagnosis(pipe, pipe.encode(images_uint8)).run("exact", 4, 1) for pipe in pipes)
     for found, expected in zip(there, here, strict=True):
         assert vars(found) == pytest.approx(vars(expected), rel=0.01, abs=0.01)

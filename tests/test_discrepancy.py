@@ -174,6 +174,12 @@ def test_kale_tends_to_half_mmd2(kernel):
     torch.testing.assert_close(KALE(kernel, 1e6).witness(x, y)(x), witness(x, x, y, kernel), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("lam", [1e3, 1e6])
+def test_kale_does_not_cancel_in_float32(lam):
+    x, y = samples()
+    torch.testing.assert_close(kale(x.float(), y.float(), lam=lam).double(), kale(x, y, lam=lam), rtol=1e-4, atol=0)
+
+
 def test_kale_tends_to_the_kullback_leibler_divergence():
     """Fact 7, λ → 0: on three atoms a Gaussian kernel has full rank, and KALE is KL of the two histograms."""
     atoms = torch.tensor([[0.0], [1.0], [2.5]], dtype=torch.float64)

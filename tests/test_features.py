@@ -94,10 +94,19 @@ def test_classes_are_told_apart(architecture):
 def test_refuses_what_does_not_fit(architecture):
     with pytest.raises(ValueError, match="multiple of"):
         small(size=6, architecture=architecture, block_out_channels=(8, 8, 8), attention_levels=(False,) * 3)
+    with pytest.raises(ValueError, match="multiples of 2, or less; got 9"):
+        small(architecture=architecture, block_out_channels=(8, 9), attention_levels=(False, True))
     with pytest.raises(ValueError, match="2 entries"):
         small(architecture=architecture, block_out_channels=(8, 8), attention_levels=(True,))
     with pytest.raises(ValueError, match=r"must have shape \(B, 2, 4, 4\)"):
         small(architecture=architecture)(torch.zeros(1, 2, 8, 8), torch.zeros(1))
+
+
+@each_architecture
+@pytest.mark.parametrize("width", [8, 70, 104])
+def test_attention_of_any_width_that_is_allowed(architecture, width):
+    net = small(architecture=architecture, block_out_channels=(8, width), attention_levels=(False, True))
+    assert net(torch.randn(2, 2, 4, 4), torch.tensor(0.5)).isfinite().all()
 
 
 @each_architecture

@@ -30,7 +30,7 @@ class Smooth(nn.Module):
 
 def embeddings_for(clean, noisy, levels=(0.25, 0.5, 0.75, 1.0), scale=1.0, **options):
     stored = MeanEmbeddings(len(levels), clean.shape[-1], **options).to(clean.dtype)
-    stored.levels.copy_(torch.tensor(levels))
+    stored.levels.copy_(torch.as_tensor(levels))
     stored.gradient_scale.fill_(scale)
     stored.clean.copy_(clean)
     stored.noisy.copy_(noisy)
@@ -430,9 +430,30 @@ def test_refuses_other_samplers():
         get_flow("euler", Identity(), embeddings_for(torch.zeros(3), torch.ones(3)))
 
 
-@pytest.mark.parametrize("nfe, expected", [(1, (1, 1)), (10, (10, 1)), (25, (25, 1)), (100, (25, 4)), (26, (13, 2))])
+@pytest.mark.parametrize(
+    "nfe, expected", [(1, [1]), (10, 10 * [1]), (25, 25 * [1]), (26, 24 * [1] + [2]), (100, 25 * [4])]
+)
 def test_levels_and_steps_of_an_nfe(nfe, expected):
-    assert steps_for_nfe(nfe, 25) == expected
+    assert steps_for_nfe(nfe, 25) == (len(expected), expected)
+
+
+@pytest.mark.parametrize("nfe", [7, 13, 29, 31, 58])
+def test_every_nfe_passes_through_the_levels(nfe):
+    """Also one that no number of levels divides: the witness of t = 1 does not lead to the data."""
+    stored = embeddings_for(torch.zeros(3), torch.ones(3), torch.arange(1, 13) / 12)
+    steps = flow_schedule(stored, *steps_for_nfe(nfe, 12))
+    assert len(steps) == nfe and len({step.level for step in steps}) == min(nfe, 12)
+    assert all(stored.levels[step.level] >= step.start - 1e-6 > step.end for step in steps)
+    ends = [step.end for step in steps]
+    assert [step.start for step in steps[1:]] == pytest.approx(ends[:-1]) and ends[-1] == 0
+
+
+def test_the_hybrid_flow_is_exact_at_its_own_boundary():
+    """Levels are stored in float32, which does not hold 0.3."""
+    stored = embeddings_for(torch.zeros(3), torch.ones(3), torch.arange(1, 11) / 10)
+    for below in (0.1, 0.3, 0.6, 0.8):
+        hybrid = HybridFlow(Smooth(), stored, exact_below=below)
+        assert sum(hybrid.at(k) is hybrid.exact for k in range(10)) == round(10 * below)
 
 
 def test_an_nfe_is_positive():

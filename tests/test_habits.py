@@ -13,10 +13,10 @@ from diffusers.pipelines import pipeline_utils
 from torch import nn
 
 from latent_dmmd import LatentDMMDInpaintPipeline, LatentDMMDPipeline, LatentDMMDUpscalePipeline, MeanEmbeddings
-from latent_dmmd.data.autoencoder import autoencoder_hash
 from latent_dmmd.editing import Editing, Inpainting, LatentSchedulerInpaintPipeline, LatentSchedulerUpscalePipeline
 from latent_dmmd.latent_pipeline import FlowOptions
 from latent_dmmd.pipeline import LatentSchedulerPipeline, load_pipeline
+from latent_dmmd.utils.hashing import module_hash
 
 BASES = [LatentDMMDPipeline, LatentSchedulerPipeline]
 CLASSES = [*BASES, LatentDMMDInpaintPipeline, LatentDMMDUpscalePipeline]
@@ -120,6 +120,16 @@ def test_every_sampler_runs_in_half_precision(sampler):
     how = dict(sampler="approximate", class_labels="broken", guidance_scale=2.0)
     guided = generate(pipe, **how)
     torch.testing.assert_close(guided, generate(pipe.to(torch.float32), **how), **HALF[torch.bfloat16])
+
+
+@torch.no_grad()
+def test_an_autoencoder_that_overflows_in_float16_gives_no_black_images(pipe):
+    pipe.vae.decoder.conv_in.weight.mul_(1e5)
+    assert generate(pipe).isfinite().all()
+    with pytest.raises(FloatingPointError, match="overflows in float16: use bfloat16"):
+        generate(pipe.to(torch.float16))
+    pipe.vae.float()
+    assert generate(pipe).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", list(HALF), ids=str)
@@ -499,10 +509,10 @@ def compile_net(pipe, **options):
 
 def test_a_compiled_autoencoder_of_any_class_gives_the_same_images(each_vae):
     pipe = build(LatentDMMDInpaintPipeline, each_vae)
-    expected, digest = generate(pipe), autoencoder_hash(pipe.vae)
+    expected, digest = generate(pipe), module_hash(pipe.vae)
     compile_vae(pipe, backend="eager")
     torch.testing.assert_close(generate(pipe), expected, **EXACT)
-    assert autoencoder_hash(pipe.vae) == digest
+    assert module_hash(pipe.vae) == digest
 
 
 @pytest.mark.parametrize(

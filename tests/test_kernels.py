@@ -55,6 +55,15 @@ def test_float32_under_bf16_autocast():
                 torch.testing.assert_close(gram, kernel(x, y))
 
 
+def test_the_median_distance_does_not_depend_on_autocast_or_on_where_points_lie():
+    x, y = (a.float() for a in points(6))
+    expected = median_distance(x, y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(median_distance(x, y), expected)
+        torch.testing.assert_close(median_distance(x + 1000, y + 1000), expected, rtol=1e-3, atol=0)
+        torch.testing.assert_close(median_distance(x.bfloat16(), y.bfloat16()), expected, rtol=0.02, atol=0)
+
+
 def test_rational_quadratic_tends_to_gaussian():
     x, y = points(5)
     torch.testing.assert_close(RationalQuadraticKernel(1e7, 0.9)(x, y), GaussianKernel(0.9)(x, y), rtol=1e-5, atol=1e-7)

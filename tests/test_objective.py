@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -438,6 +439,29 @@ def test_weights_saved_by_0_1_load(discrepancy, num_classes, wrapped):
 def test_tables_of_another_size_are_refused():
     with pytest.raises(RuntimeError, match="size mismatch for clean"):
         RunningEmbeddings(None, 4, 3).load_state_dict(RunningEmbeddings(None, 5, 3).state_dict())
+
+
+@pytest.mark.parametrize("num_points", [0, 8])
+def test_a_level_that_a_step_draws_twice_keeps_both_batches(num_points):
+    """Batches of four features: one all 0, the other all 1."""
+
+    class Asks:
+        discrepancy = MMD()
+
+        def both_features(self, batch, x_t, net):
+            phi = torch.arange(2.0)[:, None, None].expand(2, 4, 3)
+            return phi, phi + 10
+
+    source = RunningEmbeddings(None, 5, 3, num_points=num_points)
+    batch = SimpleNamespace(level=torch.tensor([2, 2]), label=None)
+    source(Asks(), batch, torch.zeros(2, 4, 1, 1, 1))
+    assert source.num_updates[0].tolist() == [0, 0, 2, 0, 0]
+    clean, noisy = (table[0, 2] for table in (source.clean, source.noisy))
+    if num_points:
+        assert sorted(clean[:, 0].tolist()) == 4 * [0.0] + 4 * [1.0]
+    else:
+        assert clean.tolist() == 3 * [0.5]
+    torch.testing.assert_close(noisy, clean + 10)
 
 
 def test_checkpoints_of_0_1_resume(arguments, trained, trained_once):

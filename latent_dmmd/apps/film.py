@@ -75,7 +75,7 @@ def interpolation(
     """
     if len(images_uint8) != 2 or num_frames < 2:
         raise ValueError(f"interpolate 2 images over at least 2 frames; got {len(images_uint8)} and {num_frames}")
-    first, last = pipe.encode_pixels(to_pixels(images_uint8).to(pipe.device))
+    first, last = pipe.encode_pixels(to_pixels(images_uint8).to(pipe._execution_device))
     z = torch.stack([torch.lerp(first, last, i / (num_frames - 1)) for i in range(num_frames)])
     if strength > 0:
         level = pipe.trajectory(num_inference_steps, strength)[0]

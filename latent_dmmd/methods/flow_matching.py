@@ -46,7 +46,7 @@ class FlowMatchingMethod(Method):
     def pipeline(
         self, objective, averaged_net, particles, vae, sampling, seed, class_names=()
     ) -> LatentSchedulerPipeline:
-        options = latent_options(particles, vae) | self.sampling_options(sampling)
+        options = latent_options(particles, vae) | self.sampling_options(sampling) | {"one_step": self.one_step or None}
         return LatentSchedulerPipeline(self.generator(averaged_net), self.scheduler(), **options)
 
     def sampling_options(self, sampling: SamplingDefaults) -> dict:

@@ -50,7 +50,7 @@ def build_autoencoder(latent_channels: int = 8, width: int = 32, downsampling: i
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Logits of overlapping patches of 46 pixels: pixels (B, 3, H, W) to (B, 1, H/8, W/8)."""
+    """Logits of overlapping patches of 38 pixels: pixels (B, 3, H, W) to (B, 1, H/8, W/8)."""
 
     def __init__(self, width: int = 32) -> None:
         conv = nn.utils.parametrizations.spectral_norm

@@ -49,6 +49,9 @@ class UNetConfig:
             raise ValueError(
                 f"attention_levels needs {num_scales} entries, one per scale; got {len(self.attention_levels)}"
             )
+        odd = [c for c in self.block_out_channels if c % min(self.num_groups, c)]
+        if odd:
+            raise ValueError(f"block_out_channels must be multiples of {self.num_groups}, or less; got {odd[0]}")
         smallest = self.patch_size * 2 ** (num_scales - 1)
         if self.sample_size % smallest:
             raise ValueError(
@@ -124,7 +127,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, num_groups: int, head_dim: int = 32) -> None:
         super().__init__()
-        self.num_heads = max(1, channels // head_dim)
+        self.num_heads = next(n for n in range(max(1, channels // head_dim), 0, -1) if channels % n == 0)
         self.norm = nn.GroupNorm(min(num_groups, channels), channels)
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.to_out = nn.Conv2d(channels, channels, 1)
