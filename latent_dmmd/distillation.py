@@ -10,6 +10,7 @@ once and kept in the run folder. G is the U-Net of flow matching and begins with
 is saved and sampled as flow matching with one step.
 """
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,9 @@ from latent_dmmd.baselines import VelocityNet
 from latent_dmmd.latent_pipeline import FlowOptions
 from latent_dmmd.objective import Generators, Objective, Terms
 from latent_dmmd.pipeline import LatentDMMDPipeline
-from latent_dmmd.utils.files import write_aside
+from latent_dmmd.utils.errors import check
+from latent_dmmd.utils.files import write_aside, write_json
+from latent_dmmd.utils.hashing import module_hash
 from latent_dmmd.utils.randomness import keyed_generator
 
 SHARD_SIZE = 256  # particles that flow together
@@ -67,9 +70,11 @@ def make_pairs(teacher: LatentDMMDPipeline, folder: Path, num_pairs: int, seed: 
         sampling: Arguments of the pipeline's call: the sampler and the steps.
 
     Raises:
+        ConfigError: If the folder holds pairs of another flow.
         OSError: If a shard cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    parts = {name: module_hash(teacher.components[name]) for name in ("feature_net", "mean_embeddings")}
+    begin_pairs(folder, {"shard_size": SHARD_SIZE, "seed": seed, **parts, **sampling})
     teacher.set_progress_bar_config(disable=True)
     teacher.flow_options = FlowOptions(chunk_size=None)
     shards = []
@@ -84,6 +89,22 @@ def make_pairs(teacher: LatentDMMDPipeline, folder: Path, num_pairs: int, seed: 
     noise, moved = (torch.cat([shard[name] for shard in shards]) for name in ("noise", "moved"))
     mean, std = (torch.tensor(teacher.config[name], device="cpu") for name in ("latents_mean", "latents_std"))
     return PairCache(noise, moved, mean, std)
+
+
+def begin_pairs(folder: Path, made_of: dict) -> None:
+    """Make a folder that says what its pairs are made of. Raises ConfigError if they are made of something else."""
+    path = folder / "manifest.json"
+    try:
+        found = json.loads(path.read_text()) if path.exists() else made_of
+    except ValueError:
+        found = {}
+    changed = [name for name, value in made_of.items() if found.get(name) != value]
+    check(
+        not changed,
+        f"the pairs in {folder} are of another {', '.join(changed)}: the teacher has changed since; choose another "
+        "--output_dir",
+    )
+    write_json(path, made_of)
 
 
 def begin_with_features(generator: VelocityNet, feature_net: nn.Module) -> None:

@@ -48,6 +48,18 @@ def test_making_pairs_goes_on_where_it_was(teacher, tmp_path):
     assert (tmp_path / "part" / "00000.safetensors").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("change", ["num_inference_steps", "seed", "feature_net"])
+def test_pairs_of_two_flows_are_not_mixed(teacher, tmp_path, change):
+    make_pairs(teacher, tmp_path, 6, 0, **HOW)
+    next(tmp_path.glob("*1.safetensors")).unlink()  # stopped before all were made
+    if change == "feature_net":
+        next(teacher.feature_net.parameters()).data += 1
+    how = {**HOW, "num_inference_steps": 3} if change == "num_inference_steps" else HOW
+    with pytest.raises(ConfigError, match=f"of another {change}: .*choose another --output_dir"):
+        make_pairs(teacher, tmp_path, 6, int(change == "seed"), **how)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
 def test_a_run_killed_while_it_made_pairs_goes_on(one_step, tmp_path, monkeypatch):
     folder, kept, write = tmp_path / "killed", [], distillation.write_aside
     killed = [*one_step, "--output_dir", str(folder)]
@@ -64,7 +76,7 @@ def test_a_run_killed_while_it_made_pairs_goes_on(one_step, tmp_path, monkeypatc
     with pytest.raises(ConfigError, match="another configuration: objective.teacher_steps"):  # whose pairs are others
         train(parse_config(Config, [*killed, "--objective.teacher_steps", "2"]))
     train(parse_config(Config, killed))
-    assert len(list((folder / "pairs").iterdir())) == 3
+    assert len(list((folder / "pairs").glob("*.safetensors"))) == 3
     assert kept == [(path, path.stat().st_mtime_ns) for path, _ in kept]  # not made again
     assert metrics(folder) == metrics(train(parse_config(Config, one_step)))
 
@@ -146,4 +158,9 @@ def test_refuses_what_cannot_be(plain_arguments, one_step, tmp_path):
         train(parse_config(Config, [*again, "--objective.teacher", str(generator / "pipeline")]))
     with pytest.raises(ConfigError, match="another shape"):
         train(parse_config(Config, [*again, "--data.resolution", "64", "--data.cache_dir", str(tmp_path / "large")]))
+    teacher = load_pipeline(one_step[one_step.index("--objective.teacher") + 1])
+    teacher.vae.decoder.conv_out.bias.data += 0.1
+    teacher.save_pretrained(tmp_path / "other")
+    with pytest.raises(ConfigError, match="other has another autoencoder than autoencoder.name_or_path"):
+        train(parse_config(Config, [*again, "--objective.teacher", str(tmp_path / "other")]))
     assert not (tmp_path / "more").exists()

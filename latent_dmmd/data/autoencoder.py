@@ -5,7 +5,6 @@ standard deviation measured on the data set, so the `scaling_factor` and `shift_
 configuration cancel out and are not used.
 """
 
-import hashlib
 from importlib.resources import files
 from pathlib import Path
 
@@ -126,8 +125,20 @@ def bundled_for(data: str) -> str | None:
 
 
 def trained_on(name_or_path: str | None) -> str | None:
-    """The data set with a name that a bundled autoencoder has seen; None for others."""
-    return name_or_path.partition("-vae")[0] if name_or_path in BUNDLED_AUTOENCODERS else None
+    """The data set with a name that bundled weights have seen; None for others."""
+    bundled = BUNDLED_AUTOENCODERS.keys() | {folder.name for folder in ASSETS.iterdir()}
+    return name_or_path.partition("-")[0] if name_or_path in bundled else None
+
+
+def same_weights(one: Autoencoder | None, other: Autoencoder | None) -> bool:
+    """Whether two autoencoders are the same but for rounding to float16, or neither is there."""
+    if one is None or other is None:
+        return one is other
+    first, second = (getattr(vae, "_orig_mod", vae).state_dict() for vae in (one, other))
+    if {name: w.shape for name, w in first.items()} != {name: w.shape for name, w in second.items()}:
+        return False
+    pairs = ((w.float().cpu(), second[name].float().cpu()) for name, w in first.items())
+    return all(torch.allclose(ours, theirs, rtol=1e-2, atol=1e-4) for ours, theirs in pairs)
 
 
 def decode_pixels(vae: Autoencoder, latents: Tensor) -> Tensor:
@@ -173,13 +184,3 @@ def reconstruct(vae: Autoencoder, images_uint8: Tensor) -> Tensor:
     device = next(vae.parameters()).device
     mean, _ = encode_moments(vae, to_pixels(images_uint8).to(device))
     return to_uint8(decode_pixels(vae, mean)).cpu()
-
-
-def autoencoder_hash(vae: Autoencoder) -> str:
-    """A hash of the weights, 16 hexadecimal digits: what a cache of latents depends on."""
-    vae = getattr(vae, "_orig_mod", vae)  # of a compiled one
-    digest = hashlib.sha256(type(vae).__name__.encode())
-    for name, weight in sorted(vae.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from latent_dmmd.data.autoencoder import Autoencoder, autoencoder_hash, check_finite_images, encode_moments, standardise
+from latent_dmmd.data.autoencoder import Autoencoder, check_finite_images, encode_moments, standardise
 from latent_dmmd.data.shards import (
     SHARD_SIZE,
     SKIP_HINT,
@@ -31,6 +31,7 @@ from latent_dmmd.data.shards import (
 )
 from latent_dmmd.data.sources import ImageSource, OnBadImage
 from latent_dmmd.utils.errors import DataError
+from latent_dmmd.utils.hashing import module_hash
 from latent_dmmd.utils.images import to_pixels
 
 CACHE_FORMAT = 2
@@ -222,7 +223,7 @@ def cache_manifest(vae: Autoencoder, source: ImageSource, horizontal_flip: bool,
     """Everything the latents of a cache depend on."""
     return {
         "format": CACHE_FORMAT,
-        "autoencoder": autoencoder_hash(vae),
+        "autoencoder": module_hash(vae),
         "data": source.fingerprint,
         "num_pictures": num_known(source),
         "resolution": source.resolution,

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from latent_dmmd.data.folders import printable
 from latent_dmmd.data.sources import ImageSource, OnBadImage
 from latent_dmmd.utils.errors import DataError, one_line
-from latent_dmmd.utils.files import check_folder, default_cache_dir, is_utf8, write_aside, write_json
+from latent_dmmd.utils.files import check_folder, default_cache_dir, is_empty, is_utf8, write_aside, write_json
 from latent_dmmd.utils.process import kept_state
 
 SHARD_SIZE = 512  # images in one file
@@ -66,7 +66,7 @@ def check_manifest(folder: Path, manifest: dict) -> bool:
         what = "a file" if is_utf8(folder) else "not UTF-8"
         raise DataError(f"{printable(str(folder))} is {what}; pass another --data.cache_dir")
     if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
+        if folder.exists() and not is_empty(folder):
             raise DataError(f"{folder} is not empty and holds no latent cache; pass another --data.cache_dir")
         return False
     try:

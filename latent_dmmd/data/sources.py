@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
@@ -110,11 +110,25 @@ class ImageDataset(Dataset):
             raise DataError("these images have no classes: use a folder for each class, a column 'label', or elpv")
         return self.classes()
 
-    def examples(self, count: int, seed: int, skipped: tuple[str, ...] = ()) -> Tensor:
-        """Random images, none of the skipped, with shape (count, 3, R, R)."""
+    def examples(self, count: int, seed: int, skipped: tuple = (), on_bad_image: OnBadImage = "error") -> Tensor:
+        """Random images, none of the skipped, with shape (count, 3, R, R).
+
+        Raises DataError for an image that cannot be read, or with `on_bad_image` "skip" if none can.
+        """
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
-        readable = (i for i in order if self.names[i] not in skipped)
-        return torch.stack([self[i] for i in islice(readable, count)])
+        found = list(islice(self.readable((i for i in order if self.names[i] not in skipped), on_bad_image), count))
+        if not found:
+            raise DataError(f"no image of {printable(self.name)} can be read")
+        return torch.stack(found)
+
+    def readable(self, indices: Iterable[int], on_bad_image: OnBadImage) -> Iterator[Tensor]:
+        """The images at these indices. Raises DataError for one that cannot be read, unless these are skipped."""
+        for i in indices:
+            try:
+                yield self[i]
+            except DataError:
+                if on_bad_image == "error":
+                    raise
 
 
 def is_number(name: str) -> bool:
@@ -183,8 +197,8 @@ class ImageStream:
         except DataError as error:
             return name, error
 
-    def examples(self, count: int, seed: int, skipped: tuple[str, ...] = ()) -> Tensor:
-        """The first images, none of the skipped, with shape (count, 3, R, R)."""
+    def examples(self, count: int, seed: int, skipped: tuple = (), on_bad_image: OnBadImage = "error") -> Tensor:
+        """The first images that can be read, none of the skipped, with shape (count, 3, R, R)."""
         batches = self.batches(0, count + len(skipped), count)
         images = [item for items in batches for name, item in items if isinstance(item, Tensor)]
         return torch.stack(images[:count])

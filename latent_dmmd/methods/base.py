@@ -161,6 +161,9 @@ class Method:
         """Whether `own_particles` are what it trains on."""
         return cls.own_particles is not Method.own_particles
 
+    def check_autoencoder(self, vae: Autoencoder | None) -> None:
+        """Raise ConfigError if the method cannot be trained in the latent space of this one; None is pixels."""
+
     def check_sampling(self, sampling: SamplingDefaults) -> None:
         """Raise ConfigError if the method cannot be sampled so."""
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
+from latent_dmmd.data.autoencoder import Autoencoder, same_weights
 from latent_dmmd.distillation import OneStep, PairCache, begin_with_features, make_pairs
 from latent_dmmd.methods.base import MethodConfig, NetConfig, register
 from latent_dmmd.methods.flow_matching import FlowMatchingMethod, velocity_net
@@ -63,6 +64,12 @@ class OneStepMethod(FlowMatchingMethod):
             raise ConfigError(f"objective.teacher: {self.options.teacher} has particles of another shape than {shape}")
         begin_with_features(generator, self.teacher.feature_net)
         return generator
+
+    def check_autoencoder(self, vae: Autoencoder | None) -> None:
+        if not same_weights(vae, self.teacher.vae):
+            raise ConfigError(
+                f"objective.teacher: {self.options.teacher} has another autoencoder than autoencoder.name_or_path"
+            )
 
     def objective(self, network: nn.Module, averaged_net: nn.Module) -> OneStep:
         return OneStep(network)

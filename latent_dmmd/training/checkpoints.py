@@ -21,7 +21,7 @@ from torch import nn
 from latent_dmmd.data.folders import printable
 from latent_dmmd.training.differences import differing_keys
 from latent_dmmd.utils.errors import ConfigError, one_line
-from latent_dmmd.utils.files import is_utf8, nearest_existing, probe, put_in_place
+from latent_dmmd.utils.files import is_empty, is_utf8, nearest_existing, probe, put_in_place
 
 MANIFEST, AVERAGES = "complete.json", "averages.safetensors"
 
@@ -54,7 +54,7 @@ def check_run_folder(config: object, may_differ: tuple[str, ...] = ()) -> Path:
         if changed:
             listed = ", ".join(f"{name} {how}" for name, how in changed.items())
             raise ConfigError(f"{folder} holds a run of another configuration: {listed}; {way_on(folder, changed)}")
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and not is_empty(folder):
         raise ConfigError(f"{folder} is not empty and holds no run; choose another --output_dir")
     elif folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; choose another --output_dir")
@@ -189,7 +189,9 @@ def writing(what: Path, folder: Path) -> Iterator[None]:
 def save_checkpoint(
     accelerator: Accelerator, network: nn.Module, ema: EMAModel, folder: Path, step: int, limit: int
 ) -> None:
-    """Write a checkpoint aside, rename it, then prune the oldest: there is always a complete one after the first.
+    """Write a checkpoint aside, rename it, then prune: there is always a complete one after the first.
+
+    Checkpoints of more steps are deleted: training went on from an older one, and they are of the way that it left.
 
     Args:
         accelerator: Whose prepared objects are saved, on every rank.
@@ -217,7 +219,11 @@ def save_checkpoint(
                 sizes = {p.name: p.stat().st_size for p in sorted(aside.iterdir())}
                 (aside / MANIFEST).write_text(json.dumps(sizes, indent=2))
                 put_in_place(aside, final)
-                for old in checkpoints_in(folder)[:-limit]:
+                saved = checkpoints_in(folder)
+                for old in saved:
+                    if step_of(old) > step:
+                        discard(old)
+                for old in [checkpoint for checkpoint in saved if step_of(checkpoint) <= step][:-limit]:
                     discard(old)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)

@@ -31,7 +31,8 @@ def with_bundled(args: list[str]) -> list[str]:
 
 
 def configuration_file(value: str) -> str:
-    """What `--config` was given: a file, lines of YAML, or a bundled configuration's name, whose file is returned.
+    """What `--config` was given: a file, lines of YAML, a pipe, whose lines are returned, or a bundled configuration's
+    name, whose file is returned.
 
     Raises ConfigError, with the known names, if it is none of them, or a file that is no YAML.
     """
@@ -45,8 +46,10 @@ def configuration_file(value: str) -> str:
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ConfigError(f"--config {value} cannot be read as YAML: {one_line(error)}") from error
         return value
-    if os.path.exists(value) or value.startswith("--") or any(mark in value for mark in ":\n{"):
-        return value  # a pipe, another option, or lines of YAML
+    if os.path.exists(value):  # a pipe, which can be read once
+        return Path(value).read_text() or "{}"
+    if value.startswith("--") or any(mark in value for mark in ":\n{"):
+        return value  # another option, or lines of YAML
     if value.removesuffix(".yaml") in bundled:
         return str(bundled[value.removesuffix(".yaml")])
     raise ConfigError(f"--config {value}: no such file; give {what}")

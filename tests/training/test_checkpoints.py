@@ -3,15 +3,18 @@
 import os
 import re
 import shutil
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import metrics, weights
 
-from latent_dmmd.training.checkpoints import checkpoint_to_resume, steps_done
+from latent_dmmd.training.checkpoints import check_run_folder, checkpoint_to_resume, steps_done
 from latent_dmmd.training.config import Config, parse_config
 from latent_dmmd.training.loop import train
+from latent_dmmd.training.trainer import Trainer
 from latent_dmmd.utils.errors import ConfigError
 
 CONSTANT = ["--training.learning_rate_schedule", "constant", "--training.num_steps"]
@@ -60,6 +63,41 @@ def test_a_checkpoint_of_another_name_goes_on_at_its_step(arguments, trained, tm
     assert f"resuming from {checkpoint}, at step 3" in capsys.readouterr().out
     assert metrics(folder) == metrics(trained)[3:]
     assert all((a == b).all() for a, b in zip(weights(folder).values(), weights(trained).values()))
+
+
+def test_going_on_from_an_older_checkpoint_leaves_the_newer_way(arguments, trained, monkeypatch, capsys):
+    """Its checkpoints are not resumed from again, and what is written anew is kept."""
+    before, step = weights(trained), Trainer.step
+
+    def stop_after_five(self, number, particles):
+        if number == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, number, particles)
+
+    one = ["--training.checkpoints_total_limit", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", stop_after_five)
+        with pytest.raises(SystemExit):
+            train(parse_config(Config, [*arguments, *one, "--resume_from_checkpoint", "checkpoint-3"]))
+    output = capsys.readouterr().out
+    assert "note: the next checkpoint takes the place of checkpoint-6" in output
+    assert "stopped at step 5, saved; run it with --resume_from_checkpoint latest to go on" in output
+    assert [p.name for p in trained.glob("checkpoint-*")] == ["checkpoint-5"]
+    train(parse_config(Config, [*arguments, *one]))
+    assert "at step 5" in capsys.readouterr().out
+    assert all((a == b).all() for a, b in zip(weights(trained).values(), before.values()))
+
+
+def test_what_killed_processes_left_is_no_foreign_file(arguments, tmp_path):
+    """Nor is what another process is writing at the moment."""
+    config = replace(parse_config(Config, arguments), output_dir=str(tmp_path / "begun"))
+    (tmp_path / "begun").mkdir()
+    for name in (".config.yaml.7.partial", ".probe.8.partial"):
+        (tmp_path / "begun" / name).touch()
+    assert check_run_folder(config) == tmp_path / "begun"
+    (tmp_path / "begun" / "notes.txt").touch()
+    with pytest.raises(ConfigError, match="not empty and holds no run"):
+        check_run_folder(config)
 
 
 def test_a_checkpoint_is_found_in_the_run_folder(trained):

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from processes import ROOT
 
+from latent_dmmd.methods.base import METHODS
 from latent_dmmd.training import configurations
 from latent_dmmd.training.config import Config, parse_config
 from latent_dmmd.training.configurations import bundled_configurations
@@ -60,6 +61,15 @@ def test_a_pipe_is_read_once(tmp_path):
     os.write(write, b"output_dir: piped\n")
     os.close(write)
     assert parse_config(Config, ["--config", f"/dev/fd/{read}"]).output_dir == "piped"
+
+
+@pytest.mark.parametrize("method", ["dmmd", "flow-matching", "mmd-gan"])
+def test_a_pipe_chooses_the_method(method):
+    read, write = os.pipe()
+    os.write(write, f"objective:\n  name: {method}\n".encode())
+    os.close(write)
+    config = parse_config(Config, ["--config", f"/dev/fd/{read}"])
+    assert isinstance(config.objective, METHODS[method].config_class) and config.objective.name == method
 
 
 @pytest.mark.parametrize("name", ["elpv256_clases", "nowhere/elpv256_classes.yaml", "accelerate/cpu", ""])

@@ -15,6 +15,7 @@ from processes import ROOT, Child, run, wait_until
 
 from latent_dmmd import LatentDMMDPipeline
 from latent_dmmd.data.particles import LatentCache
+from latent_dmmd.data.sources import load_images
 from latent_dmmd.latent_pipeline import FlowOptions
 from latent_dmmd.objective import WitnessMatching
 from latent_dmmd.pipeline import load_pipeline
@@ -22,7 +23,7 @@ from latent_dmmd.training.config import Config, parse_config
 from latent_dmmd.training.loop import StopRequest, train
 from latent_dmmd.training.trainer import Trainer, learning_rate_at, step_generators
 from latent_dmmd.utils import cli
-from latent_dmmd.utils.errors import ConfigError
+from latent_dmmd.utils.errors import ConfigError, DataError
 from latent_dmmd.utils.process import own_accelerator
 
 
@@ -129,6 +130,14 @@ def test_skipped_images_are_not_shown_either(arguments, tiny_images):
     data = ["--data.name_or_path", str(tiny_images), "--data.cache_dir", str(tiny_images.parent / "cache")]
     folder = train(parse_config(Config, [*arguments, *data, "--data.on_bad_image", "skip"]))
     assert (folder / "samples.png").exists()
+    source = load_images(str(tiny_images), 32)  # as a method sees them that does not read the data
+    assert len(source.examples(8, 0, on_bad_image="skip")) == 2
+    with pytest.raises(DataError, match="cannot read"):
+        source.examples(8, 0)
+    for path in tiny_images.iterdir():
+        path.write_bytes(b"not an image")
+    with pytest.raises(DataError, match="no image of .* can be read"):
+        load_images(str(tiny_images), 32).examples(8, 0, on_bad_image="skip")
 
 
 def test_resume_is_exact(arguments, trained, tmp_path):

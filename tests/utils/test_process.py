@@ -112,6 +112,14 @@ def test_auto_refuses_what_is_no_precision(monkeypatch):
         resolved_precision("auto")
 
 
+def test_gradients_that_a_launcher_would_accumulate_are_refused(arguments, tmp_path, monkeypatch):
+    """Every step would be divided by their number in silence."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(ConfigError, match="leave out the launcher's gradient_accumulation_steps"):
+        train(config(arguments, "no", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_auto_follows_the_processor(monkeypatch):
     monkeypatch.delenv(AUTO_PRECISION, raising=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)

@@ -78,7 +78,7 @@ class AutoencoderTrainingConfig:
             its size.
         adversarial_weight: Weight of the patch discriminator; 0 leaves it out.
         adversarial_start: Step at which the discriminator joins.
-        mixed_precision: "no" or "bf16".
+        mixed_precision: "auto", "no" or "bf16", as of `training.config.TrainingConfig`.
         checkpointing_steps: Steps between checkpoints, each with PSNR and reconstructions of validation images.
         seed: Seed of weights, crops and noise.
     """
@@ -108,7 +108,7 @@ class AutoencoderTrainingConfig:
     equivariance_weight: float = 0.0
     adversarial_weight: float = 0.0
     adversarial_start: int = 1000
-    mixed_precision: Literal["no", "bf16"] = "bf16"
+    mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     checkpointing_steps: int = 250
     seed: int = 0
 

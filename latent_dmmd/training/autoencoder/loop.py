@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from latent_dmmd.data.autoencoder import Autoencoder, downsampling_of, reconstruct
 from latent_dmmd.data.folders import printable
 from latent_dmmd.data.pixels import cache_images, validation_indices
-from latent_dmmd.data.sources import counted, describe, load_images
+from latent_dmmd.data.sources import ImageDataset, counted, describe, load_images
 from latent_dmmd.metrics.autoencoders import check_varied, finite_reconstructions, psnr_of
 from latent_dmmd.metrics.extractors import load_extractor
 from latent_dmmd.metrics.sets import load_set
@@ -46,7 +46,7 @@ from latent_dmmd.training.metrics_file import MetricsFile
 from latent_dmmd.utils.errors import ConfigError, DataError, check
 from latent_dmmd.utils.files import write_json
 from latent_dmmd.utils.images import labelled_grid, save_image
-from latent_dmmd.utils.process import own_accelerator
+from latent_dmmd.utils.process import own_accelerator, precision_and_reason
 
 LOG_EVERY, CHECKPOINTS_KEPT = 10, 2
 NUM_MEASURED, NUM_SHOWN = 64, 8  # validation images at a checkpoint
@@ -92,6 +92,7 @@ def train_autoencoder_with(config: AutoencoderTrainingConfig, accelerator: Accel
     # initialise and validate
     count = accelerator.num_processes
     check(count == 1, f"an autoencoder is trained by one process, not {count}: start the command without a launcher")
+    print("mixed precision: {} ({})".format(*precision_and_reason(config.mixed_precision)))
     nearest_writable(check_run_folder(config, MAY_DIFFER), "output_dir")
     vae, discriminator = build_networks(config)
     config.check_sizes(downsampling_of(vae))
@@ -129,7 +130,7 @@ def load_training_images(config: AutoencoderTrainingConfig) -> Images:
     if config.validation is not None:
         how = (config.validation, options.resolution, None, options.on_bad_image, None, options.image_column)
         validation = load_set(*how)
-        refuse_overlap(source.names, validation.images.dataset.names, config)
+        refuse_overlap(source, validation.images.dataset, config)
     cache = cache_images(source, options.cache_dir, on_bad_image=options.on_bad_image, num_workers=options.num_workers)
     if cache.skipped:
         print(f"skipped {len(cache.skipped)} unreadable images: {', '.join(cache.skipped[:5])} …")
@@ -172,10 +173,11 @@ def keep_held_out(path: Path, held_out: tuple[str, ...], config: AutoencoderTrai
     write_json(path, held_out)
 
 
-def refuse_overlap(training: list[str], validation: list[str], config: AutoencoderTrainingConfig) -> None:
+def refuse_overlap(training: ImageDataset, validation: ImageDataset, config: AutoencoderTrainingConfig) -> None:
     """Raise DataError if images to validate on are trained on."""
-    seen = set(map(os.path.realpath, training))
-    both = [name for name in validation if os.path.realpath(name) in seen]
+    seen = set(map(os.path.realpath, training.names))
+    same = training.fingerprint == validation.fingerprint  # one table under two names
+    both = [name for name in validation.names if same or os.path.realpath(name) in seen]
     if both:
         raise DataError(
             f"{len(both)} of the images of validation {config.validation} are images of data.name_or_path "

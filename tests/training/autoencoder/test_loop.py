@@ -6,6 +6,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import datasets
 import diffusers
 import pytest
 import torch
@@ -27,6 +28,7 @@ from latent_dmmd.training.autoencoder.loop import load_training_images
 from latent_dmmd.training.autoencoder.trainer import AutoencoderTrainer
 from latent_dmmd.training.config import parse_config
 from latent_dmmd.utils.errors import ConfigError, DataError
+from latent_dmmd.utils.process import AUTO_PRECISION
 
 NOT_UTF8 = os.fsdecode(b"caf\xe9")
 SMALL = dict(latent_channels=4, width=8, downsampling=8)
@@ -123,6 +125,16 @@ def test_what_is_saved_does_not_depend_on_what_the_caller_has_set(config, caller
     assert all(torch.equal(weight, saved[1][name]) for name, weight in saved[0].items())
 
 
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_auto_trains_in_the_precision_that_it_names(config, precision, monkeypatch, capsys):
+    assert AutoencoderTrainingConfig().mixed_precision == "auto"
+    monkeypatch.setenv(AUTO_PRECISION, precision)
+    folders = [train_autoencoder(config(how, mixed_precision=how, learning_rate=1e-2)) for how in ("auto", precision)]
+    assert capsys.readouterr().out.startswith(f"mixed precision: {precision} (by {AUTO_PRECISION})\n")
+    ours, theirs = (load_file(folder / "diffusion_pytorch_model.safetensors") for folder in folders)
+    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+
+
 @pytest.mark.parametrize("class_name", BUILDERS)
 @pytest.mark.parametrize("trains", ["both", "decoder"])
 def test_fine_tuning_keeps_the_class_and_with_the_decoder_alone_the_latents(config, tmp_path, class_name, trains):
@@ -173,6 +185,15 @@ def test_other_images_validate(config, tiny_images, tmp_path):
     for same in (tiny_images, f"{tiny_images.parent}/./images", tmp_path / "link"):
         with pytest.raises(DataError, match="11 of the images of validation .* give images that are not trained on"):
             load_training_images(config(validation=str(same)))
+
+
+def test_a_table_under_two_names_is_one(config, tiny_images, tmp_path):
+    rows = {"image": [{"bytes": path.read_bytes()} for path in sorted(tiny_images.iterdir())]}
+    table = datasets.Dataset.from_dict(rows, features=datasets.Features(image=datasets.Image()))
+    table.to_parquet(str(tmp_path / "table.parquet"))
+    data = dict(name_or_path=str(tmp_path / "table.parquet"))
+    with pytest.raises(DataError, match="12 of the images of validation .* give images that are not trained on"):
+        load_training_images(config(data=data, validation=f"{tmp_path}/table.parquet:train"))
 
 
 def test_a_resumed_run_validates_on_what_it_was_not_trained_on(config, tiny_images):
