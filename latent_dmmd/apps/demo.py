@@ -35,7 +35,7 @@ def shown_errors() -> Iterator[None]:
     """Context whose errors of the user's making are messages on the page."""
     try:
         yield
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError, FloatingPointError) as error:
         raise gr.Error(" ".join(str(error).split()), print_exception=False) from error
 
 
@@ -47,22 +47,35 @@ def seed_of(seed: float | None) -> torch.Generator:
 
 
 def steps_of(run: Callable[[Callable], object]) -> Iterator[object]:
-    """What `run(report)` reports while it runs in a thread, and at last what it returns, or raises."""
-    reports = queue.Queue()
+    """What `run(report)` reports while it runs in a thread, and at last what it returns, or raises.
+
+    If nobody listens any more, as when a page is closed, `run` ends at its next report.
+    """
+    reports, closed = queue.Queue(), threading.Event()
+
+    def report(value: object) -> None:
+        if closed.is_set():
+            raise InterruptedError("nobody listens")
+        reports.put(("report", value))
 
     def work() -> None:
         try:
-            reports.put(("result", run(lambda value: reports.put(("report", value)))))
+            reports.put(("result", run(report)))
         except Exception as error:
             reports.put(("error", error))
 
-    threading.Thread(target=work, daemon=True).start()
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
     kind = "report"
-    while kind == "report":
-        kind, value = reports.get()
-        if kind == "error":
-            raise value
-        yield value
+    try:
+        while kind == "report":
+            kind, value = reports.get()
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        closed.set()
+        thread.join()  # the next call must not share the pipeline
 
 
 def packed(images: list[Image.Image]) -> str:
@@ -124,6 +137,8 @@ class Actions:
         with shown_errors():
             pipe, generator, nfe = self.pipeline(name), seed_of(seed), int(num_levels * steps_per_level)
             every, count = max(1, nfe // NUM_FRAMES), int(count)
+            if pipe.config.get("one_step"):
+                nfe = 1
             sampling = {"num_inference_steps": nfe}
             if isinstance(pipe, LatentDMMDPipeline):
                 sampling = dict(sampler=sampler, num_noise_levels=int(num_levels), steps_per_level=int(steps_per_level))
@@ -177,8 +192,6 @@ class Actions:
         """The plot of both flows against the forward process."""
         with shown_errors():
             pipe, seed = self.pipeline(name), seed_of(seed).initial_seed()
-            if not isinstance(pipe, LatentDMMDPipeline):
-                raise ValueError(f"{name} has no witness to diagnose; choose a DMMD pipeline")
             source = load_images(data, resolution=pipe.resolution)
             diagnosis = Diagnosis(pipe, pipe.encode(source.examples(2 * int(num_particles), seed)), seed)
             counts = (int(num_levels), int(steps_per_level))

@@ -28,8 +28,8 @@ def main(args: list[str] | None = None) -> None:
     args = parser.parse_args(args)
     if any(side % 64 for side in args.resolutions):
         raise ValueError(f"--resolutions must be multiples of 64; got {args.resolutions}")
-    if min(len(args.batches), len(args.particles)) < 2:
-        raise ValueError("--batches and --particles need at least 2 sizes each, to fit an exponent")
+    if min(len(set(args.batches)), len(set(args.particles))) < 2:
+        raise ValueError("--batches and --particles need at least 2 different sizes each, to fit an exponent")
     check_files(args.output_dir, "complexity.json", "complexity.png")
     device = default_device()
     sizes = (sorted(sizes) for sizes in (args.batches, args.particles, args.resolutions))

@@ -18,6 +18,8 @@ def main(args: list[str] | None = None) -> None:
     )
     parser.add_argument("--server_port", type=PositiveInt, default=7860, help="Port.")
     args = parser.parse_args(args)
+    if not args.pipelines:
+        raise ValueError('--pipelines names none; give "{NAME: FOLDER}"')
 
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
     try:

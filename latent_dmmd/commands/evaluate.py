@@ -27,7 +27,8 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("reference", help="The real images, given alike, or what --save_reference wrote.")
     parser.add_argument("--output", type=str, required=True, help="JSON file of the scores.")
     parser.add_argument("--npz", type=str | None, help="File for the generated images, as guided-diffusion reads them.")
-    parser.add_argument("--autoencoder", type=str | None, help="Folder or hub name; scores its reconstructions.")
+    scored = "Whose reconstructions are scored: elpv-vae or openmoji-vae where nothing is said, for their data."
+    parser.add_argument("--autoencoder", type=str | None, help=scored)
     parser.add_argument("--resolution", type=PositiveInt, default=256, help="Side in pixels of all images.")
     parser.add_argument("--num_images", type=PositiveInt | None, help="At most so many of each set, at random.")
     parser.add_argument("--on_bad_image", type=OnBadImage, default="error", help="What to do with unreadable images.")

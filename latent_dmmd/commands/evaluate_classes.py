@@ -36,8 +36,11 @@ def main(args: list[str] | None = None) -> None:
     (names, labels), ours = training.labels(), pipe.config.get("class_names")
     if ours != names:
         raise ValueError(f"{args.pipeline} has classes {ours}, the images {names}")
+    held_names, held_labels = heldout.labels()
+    if held_names != names:
+        raise ValueError(f"{args.heldout} has classes {held_names}, {args.training} {names}")
     classify = LinearClassifier(extract_features(training, net)[0], labels)
-    results = {"real": class_agreement(names, heldout.labels()[1], classify(extract_features(heldout, net)[0]))}
+    results = {"real": class_agreement(names, held_labels, classify(extract_features(heldout, net)[0]))}
     asked, rows = torch.arange(len(names), device="cpu").repeat_interleave(args.num_images), {}
     sampling = dict(class_labels=asked.tolist(), num_inference_steps=args.num_inference_steps, output_type="latent")
     for scale in args.guidance_scales:

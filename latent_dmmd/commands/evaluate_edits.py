@@ -25,13 +25,16 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--num_inference_steps", type=PositiveInt, default=25, help="Evaluations of the network.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of images, boxes and noise.")
     args = parser.parse_args(args)
+    if not args.pipelines:
+        raise ValueError('--pipelines names none; give "{NAME: FOLDER}"')
     check_files(args.output_dir, "edits.json", "inpaint.webp", "upscale.webp")
 
     pipes = {name: load_pipeline(folder) for name, folder in args.pipelines.items()}
     first, output_dir = next(iter(pipes.values())), Path(args.output_dir)
     originals = load_images(args.data, first.resolution).examples(args.num_images, args.seed)
     settings = {key: args[key] for key in ("num_inference_steps", "num_variations")}
-    results = {"settings": {key: args[key] for key in ("data", "num_images", "seed")} | settings}
+    facts = {"data": args.data, "num_images": len(originals), "seed": args.seed}
+    results = {"settings": facts | settings}
     grids = {}
     for task in ("inpaint", "upscale"):
         comparison = EditComparison(originals, task, seed=args.seed)

@@ -18,7 +18,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--pipeline", type=str, required=True, help="Folder of a saved pipeline.")
     parser.add_argument("--output_dir", type=str, required=True, help="Where strip.png and film.webp go.")
     parser.add_argument("--num_images", type=PositiveInt, default=4, help="Particles that are filmed.")
-    parser.add_argument("--num_inference_steps", type=PositiveInt, default=25, help="Evaluations of the network.")
+    parser.add_argument("--num_inference_steps", type=PositiveInt | None, help="Evaluations of the network; 25, or 1.")
     parser.add_argument("--sampler", type=Sampler | None, help="DMMD: which witness.")
     parser.add_argument("--from_image", type=str | None, help="Interpolate from this image")
     parser.add_argument("--to_image", type=str | None, help="to this one.")
@@ -31,8 +31,11 @@ def main(args: list[str] | None = None) -> None:
     check_files(args.output_dir, "strip.png", "film.webp")
 
     pipe, generator = load_pipeline(args.pipeline), torch.Generator().manual_seed(args.seed)
-    sampling = {"num_inference_steps": args.num_inference_steps, "generator": generator}
-    if args.sampler is not None and "sampler" in inspect.signature(pipe.__call__).parameters:
+    own = 1 if pipe.config.get("one_step") else 25
+    sampling = {"num_inference_steps": args.num_inference_steps or own, "generator": generator}
+    if args.sampler is not None:
+        if "sampler" not in inspect.signature(pipe.__call__).parameters:
+            raise ValueError(f"{args.pipeline} is no DMMD pipeline: leave out --sampler")
         sampling["sampler"] = args.sampler
     if args.from_image is not None:
         ends = torch.stack([read_image(path, pipe.resolution) for path in (args.from_image, args.to_image)])

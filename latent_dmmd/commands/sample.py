@@ -40,8 +40,13 @@ def main(args: list[str] | None = None) -> None:
 
     accelerator, pipe = Accelerator(), load_pipeline(args.pipeline)
     names = [name for name in inspect.signature(pipe.__call__).parameters if name in args]
-    if args.class_labels is not None and "class_labels" not in names:
-        raise ValueError(f"{args.pipeline} has no classes; leave out --class_labels")
+    given = [
+        name for name in ("sampler", "num_noise_levels", "steps_per_level", "class_labels") if args[name] is not None
+    ]
+    given += ["guidance_scale"] if args.guidance_scale != 1 else []
+    ignored = [f"--{name}" for name in given if name not in names]
+    if ignored:
+        raise ValueError(f"{args.pipeline} is no DMMD pipeline: leave out {', '.join(ignored)}")
     # what is not given comes from the pipeline
     sampling = {name: args[name] for name in names if args[name] is not None}
     generator = torch.Generator().manual_seed(args.seed)

@@ -25,11 +25,11 @@ def main(args: list[str] | None = None) -> None:
     report, particles, curves = toy_report(args.num_steps, args.num_particles, args.training_steps, seeds)
     bandwidth = bandwidth_report()
     output_dir.mkdir(parents=True, exist_ok=True)
-    plot_toy(particles, curves, bandwidth, str(output_dir / "toy2d.png"))
     settings = {k: args[k] for k in ("num_steps", "num_particles", "training_steps", "num_seeds")}
     settings["seconds"] = round(time.perf_counter() - start, 1)
     result = {"settings": settings, "targets": report, "bandwidth": bandwidth}
     write_json(output_dir / "toy2d.json", result)
+    plot_toy(particles, curves, bandwidth, str(output_dir / "toy2d.png"))
     print("| target | flow | energy distance | near a mode | modes |\n| --- | --- | --- | --- | --- |")
     for target, flows in report.items():
         for name, row in flows.items():

@@ -21,7 +21,7 @@ from latent_dmmd.training.config import Config, check_seed, parse_config
 from latent_dmmd.utils.errors import ConfigError, check
 from latent_dmmd.utils.files import expand_home
 
-GAUSSIAN = "gaussian"
+GAUSSIAN, DECODE = "gaussian", "decode"  # what is always sampled, and always timed
 MATCHED_FACTOR = 3  # an NFE of DMMD takes a forward and a backward pass, three of the baseline's
 MATCHED_UP_TO = 30
 MAX_TABLE_ROWS = 8
@@ -111,6 +111,8 @@ class CompareConfig:
         self.check_numbers()
         self.check_names()
         self.keep_included()
+        gone = [name for name in self.only or () if name not in [run.name for run in self.runs]]
+        check(not gone, f"only: {', '.join(gone)} not among include: {', '.join(self.include or ())}")
         unknown = [name for name in (self.dmmd, self.baseline) if name not in self.entries]
         check(not unknown, f"{', '.join(unknown)} not among entries: {', '.join(self.entries)}")
         self.name_data()
@@ -125,7 +127,10 @@ class CompareConfig:
             check(value is None or value > 0, f"{name} must be positive; got {value}")
         for name in ("num_images", "batch_size"):
             check(getattr(self, name) >= 4, f"{name} must be at least 4; got {getattr(self, name)}")
-        check(bool(self.nfe) and min(self.nfe) > 0, f"nfe must be positive numbers; got {self.nfe}")
+        for name in ("nfe", "few_nfe"):
+            check(
+                min(getattr(self, name), default=0) > 0, f"{name} must be positive numbers; got {getattr(self, name)}"
+            )
         check(bool(self.seeds), "seeds must name at least one")
         check(all(0 < share < 1 for share in self.milestones), f"milestones must be in (0, 1); got {self.milestones}")
         check(
@@ -142,11 +147,13 @@ class CompareConfig:
         odd = [name for name in self.entries if not re.fullmatch(r"[\w.-]+", name)]
         check(not odd, f"names of entries are letters, digits, '-', '_' and '.'; got {', '.join(odd)}")
         check(GAUSSIAN not in self.entries, f"{GAUSSIAN} is always compared; choose another name for the entry")
+        check(DECODE not in self.entries, f"{DECODE} is measured of every entry; choose another name for the entry")
         for name, seeds in self.training_seeds.items():
             check(0 < len(seeds) == len(set(seeds)), f"training_seeds.{name} must be different numbers; got {seeds}")
             for seed in seeds:
                 check_seed(f"training_seeds.{name}", seed)
-        named = (*map(entry_of, self.few), *(self.include or ()), *self.training_seeds)
+        in_table = (entry_of(label) for label in self.table if label != GAUSSIAN)
+        named = (*map(entry_of, self.few), *in_table, *(self.include or ()), *self.training_seeds)
         unknown = [name for name in named if name not in self.entries]
         check(not unknown, f"{', '.join(unknown)} not among entries: {', '.join(self.entries)}")
         names = [run.name for run in self.runs]
@@ -261,6 +268,8 @@ class Comparison:
         known = [*self.entries, *(label for entry in self.entries for label in self.ways(entry))]
         unknown = [name for name in config.few if name not in known]
         check(not unknown, f"few: {', '.join(unknown)} not among {', '.join(known)}")
+        unknown = [label for label in config.table if entry_of(label) in self.entries and label not in known]
+        check(not unknown, f"table: {', '.join(unknown)} not among {', '.join(known)}")
         for folder in config.trained.values():
             read_index(folder)
 

@@ -19,6 +19,7 @@ from latent_dmmd.methods.base import NetConfig
 from latent_dmmd.objective import DMMD, Batch, Objective, WitnessMatching
 from latent_dmmd.schedule import Sampler, flow_schedule
 from latent_dmmd.utils.benchmark import Cost, fitted_exponent, measure
+from latent_dmmd.utils.files import write_aside
 
 
 def random_batch(levels: int, pairs: int, shape: tuple[int, int, int], grid: int, device: torch.device) -> Batch:
@@ -262,7 +263,7 @@ def complexity_report(
         particles: N_p of a sampling step, ascending, likewise.
         resolutions: Sides in pixels, multiples of 64.
         pairs_per_level: Pairs at each of 8 levels in the step that compares the objectives.
-        repeats: Rounds of each measurement.
+        repeats: Rounds of each measurement; of the representations there is one.
     """
     network = DEFAULT_NETWORK
     objectives = objective_costs(device, network, pairs_per_level, repeats=repeats)
@@ -323,4 +324,4 @@ def plot_complexity(report: dict, path: str | Path) -> None:
     axes[4].invert_yaxis()
     for axis in axes[:4]:
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
+    write_aside(Path(path), lambda aside: figure.savefig(aside, dpi=100, format="png"))

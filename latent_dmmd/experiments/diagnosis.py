@@ -26,7 +26,7 @@ from latent_dmmd.discrepancy import mmd2
 from latent_dmmd.flow import ApproximateFlow
 from latent_dmmd.pipeline import LatentDMMDPipeline
 from latent_dmmd.schedule import Sampler
-from latent_dmmd.utils.files import write_json
+from latent_dmmd.utils.files import write_aside, write_json
 
 NUM_GAUGE_LEVELS, NUM_GAUGE_PARTICLES, CHUNK_SIZE = 11, 64, 64
 
@@ -67,10 +67,12 @@ class Diagnosis:
         seed: Seed of the initial particles and of the forward draws.
 
     Raises:
-        ValueError: If there are fewer than 4 clean particles.
+        ValueError: If there are fewer than 4 clean particles, or the pipeline has no witness.
     """
 
     def __init__(self, pipeline: LatentDMMDPipeline, x_0: Tensor, seed: int = 0) -> None:
+        if not isinstance(pipeline, LatentDMMDPipeline):
+            raise ValueError(f"a {type(pipeline).__name__} has no witness to diagnose; choose a DMMD pipeline")
         if len(x_0) < 4:
             raise ValueError(f"a diagnosis needs at least 4 clean particles; got {len(x_0)}")
         self.pipeline, self.net, self.embeddings = pipeline, pipeline.feature_net, pipeline.mean_embeddings
@@ -211,4 +213,4 @@ def plot_diagnosis(flows: dict[str, list[Stop]], path: str | Path) -> None:
         axis.invert_xaxis()
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=100)
+    write_aside(Path(path), lambda aside: figure.savefig(aside, dpi=100, format="png"))

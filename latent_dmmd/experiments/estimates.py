@@ -46,13 +46,14 @@ def estimate(values: Iterable[float]) -> Estimate:
     return Estimate(statistics.fmean(values), error)
 
 
-def interpolated(points: list[tuple[float, Estimate]], x: float) -> Estimate | None:
-    """An estimate between two of the given points (x, estimate), linear in log x; None outside of them."""
+def interpolated(points: list[tuple[float, list[float]]], x: float) -> list[float] | None:
+    """Values of each training seed between two of the given points (x, values), linear in log x; None outside of them.
+
+    Points are of the same trainings, so that their errors are not independent: each training is followed by itself.
+    """
     points = sorted(points, key=lambda point: point[0])
-    for (x_1, a), (x_2, b) in zip(points, points[1:]):
+    for (x_1, first), (x_2, second) in zip(points, points[1:]):
         if x_1 <= x <= x_2 and x_1 < x_2:
             share = math.log(x / x_1) / math.log(x_2 / x_1)
-            errors = [(1 - share) * (a.error or 0), share * (b.error or 0)]
-            error = None if a.error is None and b.error is None else math.hypot(*errors)
-            return Estimate((1 - share) * a.mean + share * b.mean, error)
+            return [(1 - share) * a + share * b for a, b in zip(first, second)]
     return None

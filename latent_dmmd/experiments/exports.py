@@ -189,13 +189,21 @@ def first_run(comparison: Comparison, entry: str) -> Run:
 def scored_as(comparison: Comparison) -> dict:
     """What scores depend on besides the pipeline."""
     config = comparison.config
+    entry = comparison.entries[config.dmmd]
     keys = {"num_images": config.num_images, "batch_size": config.batch_size, "extractors": comparison.extractors}
-    return keys | {"training": comparison.training_data, "reference": config.reference}
+    keys |= {"training": comparison.training_data, "reference": config.reference}
+    return keys | {"resolution": entry.data.resolution, "autoencoder": entry.autoencoder.name_or_path}
+
+
+def scored_alike(comparison: Comparison, scored: dict | None) -> bool:
+    """Whether scores were made as the comparison asks; keys that they do not name count as alike."""
+    asked = scored_as(comparison)
+    return bool(scored) and all(asked.get(name) == value for name, value in scored.items())
 
 
 def holds_sets(comparison: Comparison, scores: dict | None, labels_and_sets: list[tuple[str, int, int]]) -> bool:
     """Whether finished scores are of these sets, by label, NFE and seed, and were made alike."""
-    if scores is None or scores.get("scored") != scored_as(comparison):
+    if scores is None or not scored_alike(comparison, scores["scored"]):
         return False
     return set(labels_and_sets) <= {(s["label"], s["nfe"], s["seed"]) for s in scores["sets"]}
 

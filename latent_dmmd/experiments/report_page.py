@@ -206,6 +206,9 @@ def context_table(result: dict) -> str:
 
 def cost_tables(result: dict) -> str:
     """Training and sampling costs."""
+    # what comparisons recorded before as the peak was at least that of the process that waited
+    measured = any(entry.get("resident_mb") for entry in result["entries"].values())
+    memory = "Peak MB is the resident memory of the process that trained, or what a GPU allocated. " if measured else ""
     rows = [
         [
             name,
@@ -213,17 +216,19 @@ def cost_tables(result: dict) -> str:
             str(entry["num_steps"]),
             f"{entry['seconds_per_step']:.3f}",
             f"{entry['training_minutes']:.1f}",
-            f"{entry['peak_mb']:.0f}",
+            *([f"{entry['resident_mb']:.0f}" if entry.get("resident_mb") else "–"] if measured else []),
         ]
         for name, entry in result["entries"].items()
     ]
     speed = [[name, f"{1000 * cost['seconds']:.2f}"] for name, cost in result["speed"].items()]
     return "\n".join(
         [
-            table(["entry", "million parameters", "steps", "s per step", "training minutes", "peak MB"], rows),
+            table(
+                ["entry", "million parameters", "steps", "s per step", "training minutes", *["peak MB"] * measured],
+                rows,
+            ),
             '<p class="note">Training minutes are steps times seconds per step, measured in turns on an idle machine. '
-            "Peak MB is the resident memory of the process that trained, libraries included, or what a GPU allocated. "
-            "An entry with a teacher has its time besides.</p>",
+            f"{memory}An entry with a teacher has its time besides.</p>",
             table(["one NFE (decode: all) of one image", "ms"], speed),
             '<p class="note">Measured in turns, medians of 7, in batches of 32, without decoding.</p>',
         ]

@@ -5,6 +5,8 @@ B themselves are a floor at equal n, and their reconstructions are what perfect 
 images, a generated set is held against A and B, and the reconstructions of A against B and of B against A.
 """
 
+import hashlib
+import json
 import statistics
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -16,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from latent_dmmd.data.autoencoder import load_autoencoder
+from latent_dmmd.data.autoencoder import autoencoder_folder, load_autoencoder
 from latent_dmmd.experiments.compare import Comparison
-from latent_dmmd.experiments.exports import disjoint_halves
+from latent_dmmd.experiments.exports import disjoint_halves, weights_hash
 from latent_dmmd.metrics.extractors import CheckedImages, Reconstructions, images_at_once, load_extractor
 from latent_dmmd.metrics.scores import density_and_coverage, frechet_distance, memorised_share, score_features
 from latent_dmmd.utils.files import write_aside
@@ -58,6 +60,12 @@ class Scorer:
                 features.append(net(batch.to(next(net.parameters()).device))[0].float().cpu())
         return [torch.cat(features) for features in found]
 
+    def made_for(self, source: str) -> dict[str, str]:
+        """What a file of features of generated images says of itself; `source` is what makes the images."""
+        config = self.comparison.config
+        made_for = {name: str(getattr(config, name)) for name in ("num_images", "batch_size")}
+        return made_for | {"extractors": " ".join(self.comparison.extractors), "pipeline": source}
+
     def make_set(self, path: Path, label: str, seed: int, draw: Callable[[int, torch.Generator], Tensor], source: str):
         """Write features of generated images, and the first images, unless the file holds this set.
 
@@ -68,9 +76,7 @@ class Scorer:
             draw: From a number and a generator to uint8 images; called for at most `batch_size` at once.
             source: What makes them, such as a pipeline.
         """
-        config = self.comparison.config
-        made_for = {name: str(getattr(config, name)) for name in ("num_images", "batch_size")}
-        made_for |= {"extractors": " ".join(self.comparison.extractors), "pipeline": source}
+        config, made_for = self.comparison.config, self.made_for(source)
         if holds(path, made_for):
             return
         print(f"{label}, seed {seed}: {config.num_images} images")
@@ -109,13 +115,21 @@ def holds(path: Path, made_for: dict[str, str]) -> bool:
     return all(metadata.get(name) == value for name, value in made_for.items())
 
 
+def seen_by(comparison: Comparison) -> str:
+    """A short hash of what features of real images follow from: the images, as they are read, and the autoencoder."""
+    vae = comparison.entries[comparison.config.dmmd].autoencoder.name_or_path
+    weights = weights_hash(folder) if (folder := autoencoder_folder(vae)).is_dir() else vae
+    sources = [comparison.load_images(name) for name in (comparison.training_data, comparison.config.reference)]
+    seen = [(source.name, source.fingerprint, source.resolution) for source in sources]
+    return hashlib.sha256(json.dumps([weights, seen]).encode()).hexdigest()[:16]
+
+
 def real_features(comparison: Comparison, extract: Callable[[Dataset], list[Tensor]]) -> list[dict[str, Tensor]]:
     """Features by each network of the sets `training`, `reference`, and through the autoencoder
     `reconstructed_reference`, `reconstructed_a` and `reconstructed_b`; extracted where they are missing."""
     config, entry = comparison.config, comparison.entries[comparison.config.dmmd]
     paths = [comparison.folder / f"real-{name}.safetensors" for name in comparison.extractors]
-    made_for = {"num_images": str(config.num_images), "reference": config.reference}
-    made_for |= {"training": comparison.training_data, "autoencoder": entry.autoencoder.name_or_path}
+    made_for = {"num_images": str(config.num_images), "seen": seen_by(comparison)}
     if not all(holds(path, made_for) for path in paths):
         training, reference = (
             CheckedImages(comparison.load_images(name), name) for name in (comparison.training_data, config.reference)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from latent_dmmd.baselines import GaussianFit
 from latent_dmmd.data.autoencoder import load_autoencoder, standardise
-from latent_dmmd.experiments.compare import GAUSSIAN, Comparison, Run, Sets, merged
+from latent_dmmd.experiments.compare import DECODE, GAUSSIAN, Comparison, Run, Sets, merged
 from latent_dmmd.experiments.exports import (
     finished,
     first_run,
@@ -42,12 +42,13 @@ from latent_dmmd.experiments.exports import (
     read_measured,
     save_grids,
     save_half,
+    scored_alike,
     scored_as,
     write_finished,
     write_run,
 )
 from latent_dmmd.experiments.grids import NUM_IMAGES, image_grid, nearest_grid, shown_nfe
-from latent_dmmd.experiments.scoring import Scorer
+from latent_dmmd.experiments.scoring import Scorer, holds, seen_by
 from latent_dmmd.experiments.summary import summarise
 from latent_dmmd.experiments.workers import in_a_process, machine, sampling_costs, step_costs, train_and_measure
 from latent_dmmd.latent_pipeline import FlowOptions, LatentPipeline
@@ -55,6 +56,7 @@ from latent_dmmd.methods.flow_matching import FlowMatchingConfig
 from latent_dmmd.pipeline import load_pipeline
 from latent_dmmd.training.config import Config
 from latent_dmmd.training.setup import load_particles
+from latent_dmmd.utils.errors import check
 from latent_dmmd.utils.files import write_json
 from latent_dmmd.utils.images import to_uint8
 from latent_dmmd.utils.process import default_device
@@ -117,6 +119,7 @@ def finish_run(comparison: Comparison, run: Run, costs: dict[str, dict], scorer:
     asked = [(sets.label, *key) for sets in comparison.sets(run, "") for key in sets.files]
     if holds_sets(comparison, found, asked):
         return
+    _ = scorer.nets  # a network that is missing is missed before training
     facts, folder = obtain(comparison, run, found, costs, scorer)
     scores = {"name": run.name, "entry": run.entry, "training_seed": run.seed, "machine": machine(), **facts}
     if found is None and not loaded:
@@ -136,20 +139,25 @@ def obtain(
     if run.name in comparison.config.trained:
         return {"trained": comparison.config.trained[run.name]}, pipeline_of(comparison, run)
     if found is not None:
-        names = ("trained", "budget", "num_steps", "entry_facts", "curve", "machine")
-        return {name: found[name] for name in names}, pipeline_of(comparison, run)
+        names = ("trained", "budget", "num_steps", "entry_facts", "machine")
+        kept = scored_alike(comparison, found.get("curve_scored") or found["scored"])
+        curve = {"curve": found["curve"] if kept else [], "curve_scored": scored_as(comparison)}
+        return {name: found[name] for name in names} | curve, pipeline_of(comparison, run)
     return train_run(comparison, run, costs, scorer)
 
 
 def train_run(comparison: Comparison, run: Run, costs: dict[str, dict], scorer: Scorer) -> tuple[dict, Path]:
     """Train a run to its number of steps; its facts and its pipeline in float16. An entry's first run stops at every
-    milestone."""
+    milestone.
+
+    Raises ConfigError if its folder holds another training, or a longer one.
+    """
     config, cost = comparison.config, costs[run.entry]
     steps, source = comparison.num_steps(costs)[run.entry], comparison.run_folder(run) / "half"
     curve, milestones = [], config.milestones if run == first_run(comparison, run.entry) else []
     for share in (*sorted(milestones), 1):
         reached = max(1, round(share * steps))
-        if not train_to(comparison, run, reached, steps):
+        if not train_to(comparison, run, scorer, reached, steps):
             print(f"{run.name}: no scores at {reached} steps, which it has passed")
             continue
         if share < 1:
@@ -163,26 +171,37 @@ def train_run(comparison: Comparison, run: Run, costs: dict[str, dict], scorer: 
         "num_steps": steps,
         "seconds_per_step": cost["seconds"],
         "training_minutes": steps * cost["seconds"] / 60,
-        "peak_mb": record["peak_mb"],
+        "resident_mb": record.get("resident_mb"),
         "keys": merged(config.common, config.entries[run.entry]),
     }
     budget = {"minutes": config.minutes, "num_steps": config.num_steps}
     made = {"trained": None, "budget": budget, "num_steps": steps, "entry_facts": facts, "curve": curve}
-    return made, source
+    return made | {"curve_scored": scored_as(comparison)}, source
 
 
-def train_to(comparison: Comparison, run: Run, reached: int, last: int) -> bool:
+def train_to(comparison: Comparison, run: Run, scorer: Scorer, reached: int, last: int) -> bool:
     """Train a run to a number of steps, in a process of its own; false if it has passed it without its sets."""
-    path = comparison.run_folder(run) / "trained.json"
-    record = json.loads(path.read_text()) if path.exists() else {"num_steps": 0, "peak_mb": 0}
+    folder, made = comparison.run_folder(run), made_by(comparison, run)
+    path = folder / "trained.json"
+    record = json.loads(path.read_text()) if path.exists() else {"num_steps": 0}
+    check(
+        record.get("made_by", made) == made,
+        f"{folder} holds a training with other keys; remove it or choose another --output_dir",
+    )
     if record["num_steps"] > reached:
+        check(
+            reached < last,
+            f"{folder} has been trained longer, for {record['num_steps']} steps instead of {last}; choose another "
+            "--output_dir",
+        )
         sets = comparison.sets(run, f"{reached}-steps", milestone=True)
-        return all(file.exists() for each in sets for file in each.files.values())
+        return all(holds(file, scorer.made_for(made)) for each in sets for file in each.files.values())
     if record["num_steps"] < reached:
         print(f"{run.name}: training to {reached} of {last} steps")
-        peak_mb = in_a_process(train_and_measure, training_config(comparison, run, reached))
-        save_half(comparison.run_folder(run) / "pipeline", comparison.run_folder(run) / "half")
-        write_json(path, {"num_steps": reached, "peak_mb": max(record["peak_mb"] or 0, peak_mb or 0)})
+        resident_mb = in_a_process(train_and_measure, training_config(comparison, run, reached))
+        save_half(folder / "pipeline", folder / "half")
+        resident_mb = max(record.get("resident_mb") or 0, resident_mb or 0) or None
+        write_json(path, {"num_steps": reached, "resident_mb": resident_mb, "made_by": made})
     return True
 
 
@@ -263,7 +282,8 @@ def finish_gaussian(comparison: Comparison, scorer: Scorer) -> None:
     if holds_sets(comparison, read_finished(folder), [(GAUSSIAN, *key) for key in sets.files]):
         return
     fitted = cached(partial(fit_gaussian, comparison))
-    scored = make_sets(scorer, GAUSSIAN, [sets], lambda *_: lambda n, generator: fitted()(n, generator), GAUSSIAN)
+    source = f"{GAUSSIAN} {seen_by(comparison)}"
+    scored = make_sets(scorer, GAUSSIAN, [sets], lambda *_: lambda n, generator: fitted()(n, generator), source)
     grids, shown = show_sets(comparison, scorer, GAUSSIAN, [sets])
     scores = {"name": GAUSSIAN, "scored": scored_as(comparison), "sets": scored, "images": shown}
     write_finished(folder, scores, lambda aside: save_grids(grids, aside))
@@ -283,7 +303,7 @@ def fit_gaussian(comparison: Comparison) -> Draw:
 def finish_real(comparison: Comparison, scorer: Scorer) -> None:
     """Score real and reconstructed images, and leave some held-out ones to be shown."""
     folder, found = comparison.export_dir / "real", read_finished(comparison.export_dir / "real")
-    if found is not None and found.get("scored") == scored_as(comparison):
+    if found is not None and scored_alike(comparison, found["scored"]):
         return
     reference = comparison.load_images(comparison.config.reference)
     counts = {name: len(scorer.real[0][name]) for name in ("reference", "training")}
@@ -300,10 +320,10 @@ def measure_speed(comparison: Comparison) -> dict[str, dict]:
     entries = comparison.config.entries
     ways = {label: (name, options) for name in entries for label, options in comparison.ways(name).items()}
     if given is not None:
-        known = read_measured(Path(given), [*ways, "decode"], given=True)
+        known = read_measured(Path(given), [*ways, DECODE], given=True)
         write_json(path, known)
         return known
-    known = read_measured(path, [*ways, "decode"], given=False)
+    known = read_measured(path, [*ways, DECODE], given=False)
     if known is None:
         # all of them again: only figures of one measurement are compared
         loaded = comparison.config.trained

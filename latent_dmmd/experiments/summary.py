@@ -3,9 +3,9 @@
 import statistics
 from pathlib import Path
 
-from latent_dmmd.experiments.compare import GAUSSIAN, MATCHED_FACTOR, MATCHED_UP_TO, Comparison
+from latent_dmmd.experiments.compare import DECODE, GAUSSIAN, MATCHED_FACTOR, MATCHED_UP_TO, Comparison
 from latent_dmmd.experiments.estimates import Estimate, estimate, interpolated
-from latent_dmmd.experiments.exports import finished, read_finished, read_measured, scored_as
+from latent_dmmd.experiments.exports import finished, read_finished, read_measured, scored_alike
 from latent_dmmd.metrics.extractors import EXTRACTORS
 from latent_dmmd.utils.errors import ConfigError
 
@@ -17,7 +17,7 @@ def summarise(comparison: Comparison) -> dict:
     """
     folder, config = comparison.export_dir, comparison.config
     real, found = read_finished(folder / "real"), finished_runs(comparison)
-    if real is None or real.get("scored") != scored_as(comparison) or not found:
+    if real is None or not scored_alike(comparison, real["scored"]) or not found:
         raise ConfigError(f"{folder} holds no finished run of this comparison; run it without --rebuild first")
     given = [Path(config.speed)] if config.speed else []
     speeds = (read_measured(path, [], given=False) for path in (*given, folder / "speed.json"))
@@ -69,13 +69,13 @@ def finished_runs(comparison: Comparison) -> list[dict]:
     found = []
     for run in comparison.config.runs:
         scores = finished(comparison, run)
-        if scores is None or scores.get("scored") != scored_as(comparison):
+        if scores is None or not scored_alike(comparison, scores["scored"]):
             why = "not finished" if scores is None else "scored otherwise" if scores.get("scored") else "not scored yet"
             print(f"{run.name}: {why}, left out")
         else:
             found.append(scores)
     gaussian = read_finished(comparison.export_dir / GAUSSIAN)
-    if found and gaussian is not None and gaussian.get("scored") == scored_as(comparison):
+    if found and gaussian is not None and scored_alike(comparison, gaussian["scored"]):
         found.append({**gaussian, "entry": GAUSSIAN})
     return found
 
@@ -117,7 +117,7 @@ def seconds_per_image(comparison: Comparison, entry: str, label: str, nfe: int, 
     """What an image takes by these speeds, decoding included; None where they were not measured."""
     on_pixels = entry != GAUSSIAN and comparison.entries[entry].autoencoder.name_or_path is None
     needed = [] if entry == GAUSSIAN else [(label, nfe)]
-    needed += [] if on_pixels else [("decode", 1)]
+    needed += [] if on_pixels else [(DECODE, 1)]
     if any(name not in speed for name, _ in needed):
         return None
     return sum(times * speed[name]["seconds"] for name, times in needed)
@@ -176,12 +176,14 @@ def equal_time_ratio(result: dict, row: dict) -> Estimate | None:
     if row["label"] == result["settings"]["baseline"]:
         return None
     points = [
-        (other["seconds_per_image"], excess_of(result, other["label"], other["nfe"]))
+        (other["seconds_per_image"], other["frechet_distance"])
         for other in result["rows"]
         if other["label"] == result["settings"]["baseline"] and other["seconds_per_image"]
     ]
     theirs = interpolated(points, row["seconds_per_image"]) if row["seconds_per_image"] else None
-    return None if theirs is None else excess_of(result, row["label"], row["nfe"]).over(theirs)
+    if theirs is None:
+        return None
+    return excess_of(result, row["label"], row["nfe"]).over(estimate(theirs).above(level_of(result)))
 
 
 def ratios(result: dict) -> dict[str, dict[str, float | None]]:

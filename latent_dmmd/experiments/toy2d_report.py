@@ -1,6 +1,7 @@
 """The report of the 2-D experiment: every flow on every target with its figures, the best bandwidth, and their plot."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from latent_dmmd.experiments.toy2d import (
     train_toy,
     velocity_flow,
 )
+from latent_dmmd.utils.files import write_aside
 
 FIXED_BANDWIDTHS = (0.3, 1.5, 6.0)
 RELATIVE_STEPS = (0.3, 1.0, 3.0)
@@ -196,4 +198,4 @@ def plot_toy(
         axis.grid(alpha=0.3)
     for axis in panels[2:]:
         axis.legend(fontsize=8)
-    figure.savefig(path, dpi=80)
+    write_aside(Path(path), lambda aside: figure.savefig(aside, dpi=80, format="png"))

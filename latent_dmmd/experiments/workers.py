@@ -17,6 +17,7 @@ from accelerate import Accelerator
 
 from latent_dmmd.data.autoencoder import Autoencoder, load_autoencoder
 from latent_dmmd.data.particles import LatentCache, Particles, PixelCache
+from latent_dmmd.experiments.compare import DECODE
 from latent_dmmd.latent_pipeline import FlowOptions, LatentPipeline
 from latent_dmmd.methods.witness import WitnessConfig
 from latent_dmmd.pipeline import load_pipeline
@@ -53,12 +54,15 @@ def sampling_costs(
     for pipe in pipes.values():
         pipe.set_progress_bar_config(disable=True)
         pipe.flow_options = FlowOptions(chunk_size=None)
-    sampling = {"num_inference_steps": nfe, "output_type": "latent"}
+    steps = {name: 1 if pipe.config.get("one_step") else nfe for name, pipe in pipes.items()}
     z = pipes[dmmd].initial_particles(num_images, torch.Generator().manual_seed(0))
-    tasks = {label: partial(pipes[name], num_images, **sampling, **options) for label, (name, options) in ways.items()}
-    tasks["decode"] = partial(pipes[dmmd].decode, z, "pt")
+    tasks = {
+        label: partial(pipes[name], num_images, steps[name], output_type="latent", **options)
+        for label, (name, options) in ways.items()
+    }
+    tasks[DECODE] = partial(pipes[dmmd].decode, z, "pt")
     costs = measure(tasks, pipes[dmmd].device, repeats=7)
-    each = {label: num_images * (1 if label == "decode" else nfe) for label in tasks}
+    each = {DECODE: num_images} | {label: num_images * steps[name] for label, (name, _) in ways.items()}
     return {label: {"seconds": cost.seconds / each[label], "peak_mb": cost.peak_mb} for label, cost in costs.items()}
 
 

@@ -89,14 +89,14 @@ def random_boxes(count: int, side: int, generator: torch.Generator) -> Tensor:
 
 def smooth_fill(pixels: Tensor, mask: Tensor) -> Tensor:
     """The masked parts filled bicubically from coarser and coarser averages of the others: push-pull (Gortler et al.,
-    1996). Pixels (B, 3, H, W), masks (B, 1, H, W), H = W a power of two."""
-    if not mask.any() or pixels.shape[-1] == 1:
+    1996). Pixels (B, 3, H, W), masks (B, 1, H, W)."""
+    if not mask.any() or max(pixels.shape[-2:]) == 1:
         return pixels
-    share = F.avg_pool2d(1 - mask, 2)
-    coarse = F.avg_pool2d(pixels * (1 - mask), 2) / share.clamp(min=1e-6)
+    share = F.avg_pool2d(1 - mask, 2, ceil_mode=True)
+    coarse = F.avg_pool2d(pixels * (1 - mask), 2, ceil_mode=True) / share.clamp(min=1e-6)
     coarse = smooth_fill(coarse, (share == 0).float())
     filled = F.interpolate(coarse, scale_factor=2, mode="bicubic", align_corners=False)
-    return torch.where(mask > 0, filled, pixels)
+    return torch.where(mask > 0, filled[..., : pixels.shape[-2], : pixels.shape[-1]], pixels)
 
 
 class EditComparison:

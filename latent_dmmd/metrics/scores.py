@@ -32,12 +32,12 @@ def frechet_distance(features_1: Tensor, features_2: Tensor) -> float:
 
     With centred features X / √(N − 1) and Y / √(M − 1), Σ₁ = XᵀX and Σ₂ = YᵀY. The eigenvalues of Σ₁Σ₂ are 0 and those
     of (XYᵀ)(XYᵀ)ᵀ, so tr (Σ₁Σ₂)^½ is the sum of the singular values of XYᵀ, which has N rows and M columns. It is
-    computed so for N + M ≤ d, in float64, and by torch-fidelity from d × d matrices otherwise.
+    computed so where one set has fewer than d, in float64, and by torch-fidelity from d × d matrices otherwise.
 
     Biased upwards for N < 2048; below 0 only by rounding.
     """
     n, m, d = len(features_1), len(features_2), features_1.shape[1]
-    if n + m > d:
+    if min(n, m) >= d:
         return distance_of_statistics(*(fid_features_to_statistics(f) for f in (features_1, features_2)))
     means = [f.double().mean(0) for f in (features_1, features_2)]
     x, y = ((f - mean) / (len(f) - 1) ** 0.5 for f, mean in zip((features_1, features_2), means))

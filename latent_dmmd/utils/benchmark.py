@@ -61,6 +61,8 @@ def peak_memory_mb(device: torch.device) -> float | None:
     """Peak memory in MB: of the GPU, or of this process; None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
+    if os.access("/proc/self/status", os.R_OK):  # on Linux `ru_maxrss` begins with the peak of the parent
+        return PeakMemory.resident("VmHWM") / 2**20
     try:
         import resource  # not on Windows
     except ImportError:

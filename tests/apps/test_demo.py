@@ -142,6 +142,28 @@ def test_generate_then_inpaint(page):
     page.locator("#edited img").first.wait_for()
 
 
+def test_work_that_nobody_listens_to_ends():
+    """As when a page is closed: the pipeline is free for the next call."""
+    from latent_dmmd.apps.demo import steps_of
+
+    done = []
+
+    def run(report):
+        for i in range(1000):
+            done.append(i)
+            report(i)
+            time.sleep(0.001)
+
+    reports = steps_of(run)
+    assert next(reports) == 0
+    reports.close()
+    assert len(done) < 1000
+    before = len(done)
+    time.sleep(0.05)
+    assert len(done) == before
+    assert list(steps_of(lambda report: report(1) or 2)) == [1, 2]
+
+
 def test_a_folder_without_a_pipeline_is_named(tmp_path):
     with pytest.raises(ValueError, match=f"no pipeline in {tmp_path}"):
         main(["--pipelines", f"{{none: {tmp_path}}}"])

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-from conftest import tiny_pipeline
+from conftest import tiny_pipeline, tiny_velocity
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from processes import ROOT
 
-from latent_dmmd.commands import complexity, diagnose, edit, evaluate_classes, evaluate_edits, film, sample, toy2d
+from latent_dmmd.commands import complexity, demo, diagnose, edit, evaluate_classes, evaluate_edits, film, sample, toy2d
 from latent_dmmd.commands.compare import main as compare
 from latent_dmmd.data.sources import load_images
 from latent_dmmd.latent_pipeline import LatentPipeline
+from latent_dmmd.pipeline import LatentSchedulerPipeline
 from latent_dmmd.utils.output_folder import MANIFEST
 
 COMMANDS = {
@@ -53,6 +55,45 @@ def test_a_comparison_that_cannot_be_written_is_refused_first(tmp_path):
     (tmp_path / "file").write_text("")
     how = ["--config", ROOT / "configs" / "compare_elpv256.yaml", "--minutes", "1", "--output_dir", tmp_path / "file"]
     assert "file is no folder" in refused(compare, how)
+
+
+@pytest.fixture
+def scheduled(tmp_path):
+    """The folder of a saved pipeline that has no witness."""
+    LatentSchedulerPipeline(tiny_velocity(32, 3), FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path / "other")
+    return str(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "command, words, left_out",
+    [
+        (sample, ["--sampler", "exact", "--guidance_scale", "3"], "--sampler, --guidance_scale"),
+        (sample, ["--num_noise_levels", "3", "--class_labels", "a"], "--num_noise_levels, --class_labels"),
+        (film, ["--sampler", "exact"], "--sampler"),
+    ],
+)
+def test_what_a_pipeline_cannot_use_is_refused(command, words, left_out, scheduled, tmp_path):
+    with pytest.raises(ValueError, match=f"other is no DMMD pipeline: leave out {left_out}"):
+        command.main(["--pipeline", scheduled, "--output_dir", str(tmp_path / "out"), *words])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pipeline_without_a_witness_is_not_diagnosed(scheduled, tiny_images, tmp_path):
+    words = ["--pipeline", scheduled, "--data", str(tiny_images), "--num_particles", "2"]
+    with pytest.raises(ValueError, match="LatentSchedulerPipeline has no witness to diagnose"):
+        diagnose.main([*words, "--output_dir", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("command", [evaluate_edits, demo])
+def test_no_pipelines_are_refused(command, tmp_path):
+    words = ["--data", "nowhere", "--output_dir", str(tmp_path / "out")] if command is evaluate_edits else []
+    with pytest.raises(ValueError, match="--pipelines names none"):
+        command.main(["--pipelines", "{}", *words])
+
+
+def test_one_size_fits_no_exponent(tmp_path):
+    with pytest.raises(ValueError, match="at least 2 different sizes"):
+        complexity.main(["--batches", "[256, 256]", "--output_dir", str(tmp_path)])
 
 
 @pytest.fixture

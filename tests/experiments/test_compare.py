@@ -9,10 +9,11 @@ from safetensors.torch import load_file
 
 from latent_dmmd.baselines import GaussianFit
 from latent_dmmd.data.autoencoder import BUNDLED_AUTOENCODERS
-from latent_dmmd.experiments import exports, stages, workers
+from latent_dmmd.experiments import exports, scoring, stages, workers
 from latent_dmmd.experiments.compare import CompareConfig, Comparison
+from latent_dmmd.experiments.exports import scored_as
 from latent_dmmd.experiments.report import write_report
-from latent_dmmd.experiments.scoring import Scorer, batch_sizes, context_of, score_generated
+from latent_dmmd.experiments.scoring import Scorer, batch_sizes, context_of, score_generated, seen_by
 from latent_dmmd.experiments.stages import measure_costs, run_comparison
 from latent_dmmd.experiments.summary import score_of, summarise
 from latent_dmmd.metrics.extractors import EXTRACTORS, FeatureSpace
@@ -289,7 +290,7 @@ def test_other_sets_of_a_finished_run_need_no_training(elsewhere, monkeypatch):
     monkeypatch.setattr(stages, "train_and_measure", None)
     result = run_comparison(Comparison(CompareConfig(**elsewhere)))
     assert result["settings"]["num_images"] == 8 and len(result["rows"][0]["frechet_distance"]) == 2
-    assert result["curves"]  # of the training, kept
+    assert result["curves"] == []  # milestones were scored with fewer images
 
 
 def test_exports_are_in_float16_and_score_as_they_are(finished_once):
@@ -309,6 +310,16 @@ def test_exports_are_in_float16_and_score_as_they_are(finished_once):
     sampling = dict(num_inference_steps=2, sampler="exact")
     images = torch.cat([stages.generate(lambda: pipe, sampling, 3, generator) for _ in range(2)])
     assert torch.equal(images, expected)
+
+
+def test_a_network_that_is_missing_is_missed_before_training(settings, monkeypatch):
+    def missing(name):
+        raise ImportError("toy-2 comes with an extra")
+
+    monkeypatch.setattr(scoring, "load_extractor", missing)
+    monkeypatch.setattr(stages, "train_and_measure", None)
+    with pytest.raises(ImportError, match="comes with an extra"):
+        run_comparison(Comparison(CompareConfig(**settings)))
 
 
 def test_a_bundled_autoencoder_is_not_copied(settings):
@@ -367,6 +378,40 @@ def test_more_steps_go_on(settings):
     assert longer["entries"]["latent-dmmd"]["num_steps"] == 3
     label = "latent-dmmd exact"
     assert score_of(longer, label, 2) != score_of(first, label, 2)
+
+
+def few_runs(settings):
+    settings |= {"include": ["latent-dmmd", "latent-flow-matching"], "training_seeds": {}, "nfe": [2], "seeds": [0]}
+    return settings | {"milestones": [], "second_extractor": None}
+
+
+def test_a_run_folder_of_other_keys_is_not_passed_off_as_a_new_training(settings):
+    settings = few_runs(settings)
+    run_comparison(Comparison(CompareConfig(**settings)))
+    changed = {"latent-dmmd": {"training": {"learning_rate": 0.1}}}
+    with pytest.raises(ConfigError, match="latent-dmmd holds a training with other keys; remove it"):
+        run_comparison(Comparison(CompareConfig(**settings | {"entries": {**ENTRIES, **changed}})))
+
+
+def test_fewer_steps_do_not_get_the_weights_of_more(settings):
+    settings = few_runs(settings)
+    run_comparison(Comparison(CompareConfig(**{**settings, "num_steps": 3})))
+    with pytest.raises(ConfigError, match="trained longer, for 3 steps instead of 2"):
+        run_comparison(Comparison(CompareConfig(**settings)))
+
+
+def test_real_images_of_another_size_are_scored_anew(settings, capsys):
+    settings = few_runs(settings)
+    first = Comparison(CompareConfig(**settings))
+    _ = Scorer(first).real
+    assert "features of real images" in capsys.readouterr().out
+    _ = Scorer(first).real
+    assert capsys.readouterr().out == ""
+    common = {**settings["common"], "data": {**settings["common"]["data"], "resolution": 64}}
+    other = Comparison(CompareConfig(**{**settings, "common": common}))
+    _ = Scorer(other).real
+    assert "features of real images" in capsys.readouterr().out
+    assert seen_by(first) != seen_by(other) and scored_as(first) != scored_as(other)
 
 
 def test_sets_of_another_training_are_not_scored(settings):
@@ -521,6 +566,15 @@ def test_perfect_latents_are_scored_at_the_same_number_and_in_both_directions(re
         ({"second_extractor": "toy"}, "name another"),
         ({"table": {"latent-dmmd exact": list(range(9))}}, "at most 8 rows; got 9"),
         ({"include": ["latent-dmmd", "other"]}, "other not among entries"),
+        ({"table": {"other exact": [10]}}, "other not among entries"),
+        ({"table": {"latent-dmmd slow": [10]}}, "table: latent-dmmd slow not among .*latent-dmmd exact"),
+        ({"few_nfe": []}, "few_nfe must be positive"),
+        ({"few_nfe": [0]}, "few_nfe must be positive"),
+        ({"entries": {**ENTRIES, "decode": {}}}, "decode is measured of every entry"),
+        (
+            {"include": ["latent-dmmd", "latent-flow-matching"], "only": ["pixel-dmmd"]},
+            "only: pixel-dmmd not among include: latent-dmmd, latent-flow-matching",
+        ),
         ({"include": ["latent-dmmd", "pixel-dmmd"]}, "latent-flow-matching not among entries"),
         ({"training_seeds": {"other": [0]}}, "other not among entries"),
         ({"training_seeds": {"latent-dmmd": []}}, "must be different numbers"),

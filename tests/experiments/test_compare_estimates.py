@@ -28,10 +28,9 @@ def test_errors_of_a_quotient_are_those_of_small_changes():
 
 
 def test_estimates_between_two_points():
-    points = [(10.0, Estimate(4.0, 0.4)), (1.0, Estimate(8.0, 0.3)), (100.0, Estimate(3.0))]
-    found = interpolated(points, math.sqrt(10))
-    assert found.mean == pytest.approx(6) and found.error == pytest.approx(0.25)
-    assert interpolated(points, 10.0) == points[0][1]
+    points = [(10.0, [4.0, 6.0]), (1.0, [8.0, 9.0]), (100.0, [3.0, 3.0])]
+    assert interpolated(points, math.sqrt(10)) == pytest.approx([6, 7.5])  # each training by itself
+    assert interpolated(points, 10.0) == pytest.approx([4, 6])
     assert interpolated(points, 0.9) is None and interpolated(points, 101.0) is None
 
 

@@ -61,7 +61,9 @@ def make_up(comparison, side=64):
             | {"second": made_up_scores(level + 10 + 40 / nfe)}
             for label, nfe, seed in sets
         ]
-        facts = dict(num_parameters=2_500_000, num_steps=900, seconds_per_step=0.3, training_minutes=4.5, peak_mb=900.0)
+        facts = dict(
+            num_parameters=2_500_000, num_steps=900, seconds_per_step=0.3, training_minutes=4.5, resident_mb=900.0
+        )
         curve = [{**row, "num_steps": 90, "minutes": 0.45} for row in rows if row["nfe"] in (1, 10)]
         curve = [{**row, "scores": made_up_scores(2 * row["scores"]["frechet_distance"])} for row in curve]
         files = {f"{label}-{nfe}.webp".replace(" ", "-"): (label, nfe) for label, nfe, _ in sets if nfe in (1, 10)}

@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latent_dmmd.experiments import complexity
 from latent_dmmd.experiments.complexity import REPRESENTATIONS, objective_costs, representation_costs
+from latent_dmmd.experiments.workers import in_a_process
 from latent_dmmd.features import FeatureNet
-from latent_dmmd.utils.benchmark import Cost, PeakMemory, fitted_exponent, measure
+from latent_dmmd.utils.benchmark import Cost, PeakMemory, fitted_exponent, measure, peak_memory_mb
 
 SCRIPT = ROOT / "scripts" / "complexity.py"
 TINY = dict(
@@ -110,9 +111,17 @@ def test_script(tmp_path, monkeypatch, capsys):
     assert "exponent" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments, message", [(("--resolutions", "[100]"), "64"), (("--batches", "[8]"), "2 sizes")])
+@pytest.mark.parametrize("arguments, message", [(("--resolutions", "[100]"), "64"), (("--batches", "[8]"), "2 different sizes")])
 def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, "--output_dir", str(tmp_path / "out"), *arguments)
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and message in lines[0] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="has no /proc")
+def test_the_peak_of_a_process_is_not_that_of_its_parent():
+    ballast = torch.ones(3 * 2**27)  # 1.5 GB
+    child = in_a_process(peak_memory_mb, torch.device("cpu"))
+    assert child < peak_memory_mb(torch.device("cpu")) - 500
+    del ballast

@@ -46,11 +46,12 @@ def test_boxes_are_a_quarter_to_a_half_of_the_side():
     torch.testing.assert_close(masks.sum((1, 2, 3)), heights * widths)
 
 
-def test_a_smooth_fill_continues_what_is_smooth():
-    flat = torch.full((1, 3, 32, 32), 0.3)
-    mask = random_boxes(1, 32, seeded())
+@pytest.mark.parametrize("side", [32, 36, 192])
+def test_a_smooth_fill_continues_what_is_smooth(side):
+    flat = torch.full((1, 3, side, side), 0.3)
+    mask = random_boxes(1, side, seeded())
     torch.testing.assert_close(smooth_fill(torch.where(mask > 0, torch.ones(()), flat), mask), flat)
-    ramp = torch.linspace(-1, 1, 32).expand(1, 3, 32, 32)
+    ramp = torch.linspace(-1, 1, side).expand(1, 3, side, side)
     filled = smooth_fill(torch.where(mask > 0, torch.zeros(()), ramp), mask)
     torch.testing.assert_close(filled * (1 - mask), ramp * (1 - mask))
     assert (filled - ramp).abs().max() < 0.5 * (ramp * mask).abs().max()
