@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from latent_dmmd.features import EncoderFeatureNet, FeatureNet
     from latent_dmmd.pipeline import LatentDMMDPipeline
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "EncoderFeatureNet",
