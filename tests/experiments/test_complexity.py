@@ -111,7 +111,9 @@ def test_script(tmp_path, monkeypatch, capsys):
     assert "exponent" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments, message", [(("--resolutions", "[100]"), "64"), (("--batches", "[8]"), "2 different sizes")])
+@pytest.mark.parametrize(
+    "arguments, message", [(("--resolutions", "[100]"), "64"), (("--batches", "[8]"), "2 different sizes")]
+)
 def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(monkeypatch, "--output_dir", str(tmp_path / "out"), *arguments)
