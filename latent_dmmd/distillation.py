@@ -10,7 +10,6 @@ once and kept in the run folder. G is the U-Net of flow matching and begins with
 is saved and sampled as flow matching with one step.
 """
 
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from latent_dmmd.latent_pipeline import FlowOptions
 from latent_dmmd.objective import Generators, Objective, Terms
 from latent_dmmd.pipeline import LatentDMMDPipeline
 from latent_dmmd.utils.errors import check
-from latent_dmmd.utils.files import write_aside, write_json
+from latent_dmmd.utils.files import changed_keys, write_aside, write_json
 from latent_dmmd.utils.hashing import module_hash
 from latent_dmmd.utils.randomness import keyed_generator
 
@@ -94,11 +93,7 @@ def make_pairs(teacher: LatentDMMDPipeline, folder: Path, num_pairs: int, seed: 
 def begin_pairs(folder: Path, made_of: dict) -> None:
     """Make a folder that says what its pairs are made of. Raises ConfigError if they are made of something else."""
     path = folder / "manifest.json"
-    try:
-        found = json.loads(path.read_text()) if path.exists() else made_of
-    except ValueError:
-        found = {}
-    changed = [name for name, value in made_of.items() if found.get(name) != value]
+    changed = changed_keys(path, made_of) if path.exists() else []
     check(
         not changed,
         f"the pairs in {folder} are of another {', '.join(changed)}: the teacher has changed since; choose another "

@@ -86,6 +86,11 @@ class LatentPipeline(DiffusionPipeline):
         made.flow_options = getattr(pipeline, "flow_options", cls.flow_options)
         return made
 
+    @property
+    def one_step(self) -> bool:
+        """Whether the network has learnt one step from noise, and no others."""
+        return bool(self.config.get("one_step"))
+
     @torch.inference_mode(False)
     def register(self, components: dict, vae: Autoencoder | None, **options) -> None:
         """Keep components and options; the network remembers the options for other pipelines of the same components.

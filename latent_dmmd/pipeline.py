@@ -294,7 +294,7 @@ class LatentSchedulerPipeline(LatentPipeline):
         return isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler)
 
     def trajectory(self, num_inference_steps: int, start: float = 1.0) -> list[float]:
-        if self.config.one_step:
+        if self.one_step:
             raise ValueError("a generator in one step has no flow to edit by; use DMMD or flow matching")
         if not self.matches_flow:
             raise ValueError("only flows of the linear forward process can be edited; this pipeline has another")
@@ -311,7 +311,7 @@ class LatentSchedulerPipeline(LatentPipeline):
     ) -> Tensor:
         """As of `LatentPipeline`; only flow matching can begin below 1, or have steps of second order."""
         multistep, z = Multistep(solver_order), z.to(self._execution_device)
-        if self.config.one_step and num_inference_steps != 1:
+        if self.one_step and num_inference_steps != 1:
             raise ValueError(f"a generator in one step takes num_inference_steps=1; got {num_inference_steps}")
         if self.matches_flow:
             set_sigmas(self.scheduler, num_inference_steps, start, z.device)

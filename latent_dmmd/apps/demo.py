@@ -78,16 +78,6 @@ def steps_of(run: Callable[[Callable], object]) -> Iterator[object]:
         thread.join()  # the next call must not share the pipeline
 
 
-def packed(images: list[Image.Image]) -> str:
-    """A zip file of images as PNG."""
-    folder = Path(tempfile.mkdtemp(prefix="latent_dmmd-"))
-    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
-        for i, image in enumerate(images):
-            with archive.open(f"{i:05d}.png", "w") as file:
-                image.save(file, "PNG")
-    return str(folder / "images.zip")
-
-
 class Controls(NamedTuple):
     """What stands above the tabs and holds for all of them."""
 
@@ -110,12 +100,26 @@ class Actions:
     def __init__(self, folders: dict[str, str]) -> None:
         self.class_names = {name: read_index(folder).get("class_names") or [] for name, folder in folders.items()}
         self.loaded = cache(lambda name: load_pipeline(folders[name]))
+        self.files = tempfile.TemporaryDirectory(prefix="latent_dmmd-")  # gone with the page
 
     def pipeline(self, name: str) -> LatentPipeline:
         """A pipeline by its name."""
         pipe = self.loaded(name)
         pipe.set_progress_bar_config(disable=True)
         return pipe
+
+    def new_folder(self) -> Path:
+        """An empty folder for files that a button shows or offers."""
+        return Path(tempfile.mkdtemp(dir=self.files.name))
+
+    def packed(self, images: list[Image.Image]) -> str:
+        """The path of a zip file of images as PNG."""
+        path = self.new_folder() / "images.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            for i, image in enumerate(images):
+                with archive.open(f"{i:05d}.png", "w") as file:
+                    image.save(file, "PNG")
+        return str(path)
 
     def classes(self, name: str) -> gr.Dropdown:
         """The choice among a pipeline's classes."""
@@ -137,7 +141,7 @@ class Actions:
         with shown_errors():
             pipe, generator, nfe = self.pipeline(name), seed_of(seed), int(num_levels * steps_per_level)
             every, count = max(1, nfe // NUM_FRAMES), int(count)
-            if pipe.config.get("one_step"):
+            if pipe.one_step:
                 nfe = 1
             sampling = {"num_inference_steps": nfe}
             if isinstance(pipe, LatentDMMDPipeline):
@@ -156,7 +160,7 @@ class Actions:
             for value in steps_of(run):
                 if isinstance(value, torch.Tensor):
                     images = [to_pil(image) for image in value]
-                    yield labelled_grid({"the end": value}, columns=min(4, count)), images, packed(images)
+                    yield labelled_grid({"the end": value}, columns=min(4, count)), images, self.packed(images)
                     return
                 step, t, images_uint8 = value
                 progress((step, nfe), desc="flow")
@@ -185,7 +189,7 @@ class Actions:
 
             for value in steps_of(run):
                 if isinstance(value, list):
-                    return value, packed(value)
+                    return value, self.packed(value)
                 progress((value, int(num_steps)), desc="flow")
 
     def diagnose(self, name, seed, data, num_particles, num_levels, steps_per_level):
@@ -196,7 +200,7 @@ class Actions:
             diagnosis = Diagnosis(pipe, pipe.encode(source.examples(2 * int(num_particles), seed)), seed)
             counts = (int(num_levels), int(steps_per_level))
             flows = {sampler: diagnosis.run(sampler, *counts) for sampler in ("exact", "approximate")}
-            folder = Path(tempfile.mkdtemp(prefix="latent_dmmd-"))
+            folder = self.new_folder()
             save_diagnosis(flows, {"data": data, "seed": seed}, folder)
             return str(folder / "diagnosis.png")
 

@@ -31,7 +31,7 @@ def main(args: list[str] | None = None) -> None:
     check_files(args.output_dir, "strip.png", "film.webp")
 
     pipe, generator = load_pipeline(args.pipeline), torch.Generator().manual_seed(args.seed)
-    own = 1 if pipe.config.get("one_step") else 25
+    own = 1 if pipe.one_step else 25
     sampling = {"num_inference_steps": args.num_inference_steps or own, "generator": generator}
     if args.sampler is not None:
         if "sampler" not in inspect.signature(pipe.__call__).parameters:

@@ -17,7 +17,15 @@ from tqdm.auto import tqdm
 from latent_dmmd.data.folders import printable
 from latent_dmmd.data.sources import ImageSource, OnBadImage
 from latent_dmmd.utils.errors import DataError, one_line
-from latent_dmmd.utils.files import check_folder, default_cache_dir, is_empty, is_utf8, write_aside, write_json
+from latent_dmmd.utils.files import (
+    changed_keys,
+    check_folder,
+    default_cache_dir,
+    is_empty,
+    is_utf8,
+    write_aside,
+    write_json,
+)
 from latent_dmmd.utils.process import kept_state
 
 SHARD_SIZE = 512  # images in one file
@@ -69,11 +77,7 @@ def check_manifest(folder: Path, manifest: dict) -> bool:
         if folder.exists() and not is_empty(folder):
             raise DataError(f"{folder} is not empty and holds no latent cache; pass another --data.cache_dir")
         return False
-    try:
-        found = json.loads(path.read_text())
-    except ValueError:
-        found = {}
-    changed = [name for name in manifest if found.get(name) != manifest[name]]
+    changed = changed_keys(path, manifest)
     if changed:
         raise DataError(
             f"the latent cache in {folder} was made with another {', '.join(changed)}; "

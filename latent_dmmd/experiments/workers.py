@@ -54,7 +54,7 @@ def sampling_costs(
     for pipe in pipes.values():
         pipe.set_progress_bar_config(disable=True)
         pipe.flow_options = FlowOptions(chunk_size=None)
-    steps = {name: 1 if pipe.config.get("one_step") else nfe for name, pipe in pipes.items()}
+    steps = {name: 1 if pipe.one_step else nfe for name, pipe in pipes.items()}
     z = pipes[dmmd].initial_particles(num_images, torch.Generator().manual_seed(0))
     tasks = {
         label: partial(pipes[name], num_images, steps[name], output_type="latent", **options)

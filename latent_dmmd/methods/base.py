@@ -103,6 +103,7 @@ class Method:
         has_classes: Whether it can be trained for classes.
         samplers: Ways to sample it that a comparison tells apart: name to arguments of the pipeline's call.
         one_step: Whether it generates in one step.
+        is_whole_in_pipeline: Whether its pipeline holds all that was trained, so that training can begin with it.
     """
 
     name: ClassVar[str]
@@ -112,6 +113,7 @@ class Method:
     has_classes: ClassVar[bool] = False
     samplers: ClassVar[dict[str, dict]] = {"": {}}
     one_step: ClassVar[bool] = False
+    is_whole_in_pipeline: ClassVar[bool] = True
 
     def __init__(self, options: MethodConfig) -> None:
         self.options = options

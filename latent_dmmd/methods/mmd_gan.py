@@ -27,6 +27,7 @@ class MMDGANMethod(FlowMatchingMethod):
     """`baselines.MMDGAN`, sampled in one step."""
 
     name, title, config_class, one_step = "mmd-gan", "MMD-GAN", MMDGANConfig, True
+    is_whole_in_pipeline = False  # without the critic
 
     def network(self, net: NetConfig, shape: tuple[int, int, int], num_classes: int = 0) -> GeneratorAndCritic:
         return GeneratorAndCritic(velocity_net(net, shape), feature_net(net, shape))

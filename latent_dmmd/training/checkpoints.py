@@ -53,7 +53,7 @@ def check_run_folder(config: object, may_differ: tuple[str, ...] = ()) -> Path:
         changed = {name: how for name, how in differing_keys(config, saved).items() if not name.startswith(harmless)}
         if changed:
             listed = ", ".join(f"{name} {how}" for name, how in changed.items())
-            raise ConfigError(f"{folder} holds a run of another configuration: {listed}; {way_on(folder, changed)}")
+            raise ConfigError(f"{folder} holds a run of another configuration: {listed}; {way_on(config, changed)}")
     elif folder.is_dir() and not is_empty(folder):
         raise ConfigError(f"{folder} is not empty and holds no run; choose another --output_dir")
     elif folder.exists() and not folder.is_dir():
@@ -86,11 +86,13 @@ def nearest_writable(folder: Path, key: str) -> Path:
     return there
 
 
-def way_on(folder: Path, changed: Iterable[str]) -> str:
+def way_on(config: object, changed: Iterable[str]) -> str:
     """What to do about a run folder of another configuration; its weights are offered where they fit."""
-    weights, another = folder / "pipeline", "choose another --output_dir"
+    weights, another = Path(config.output_dir) / "pipeline", "choose another --output_dir"
     network = ("feature_net.", "autoencoder.name_or_path", "data.resolution", "objective.name")
-    if not (weights / "model_index.json").exists() or any(name.startswith(network) for name in changed):
+    fits = hasattr(config, "method") and config.method.is_whole_in_pipeline
+    fits = fits and not any(name.startswith(network) for name in changed)
+    if not fits or not (weights / "model_index.json").exists():
         return another
     return f"{another}, and --training.init_from {weights} to start from these weights"
 

@@ -217,6 +217,10 @@ class Config:
             method.has_classes or not self.data.class_conditional,
             f"data.class_conditional needs objective.name {' or '.join(with_classes)}; got {method.name}",
         )
+        check(
+            method.is_whole_in_pipeline or self.training.init_from is None,
+            f"training.init_from: a pipeline of {method.name} holds a part of what is trained; leave it out",
+        )
         method.check_sampling(self.sampling)
         check_apart(self.output_dir, self.data.name_or_path)
 

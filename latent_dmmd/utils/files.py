@@ -49,6 +49,15 @@ def write_aside(path: Path, write: Callable[[Path], object]) -> None:
             aside.unlink(missing_ok=True)
 
 
+def changed_keys(path: Path, expected: dict) -> list[str]:
+    """The keys of `expected` that have another value in a JSON file; all of them if it holds no JSON object."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
+    return [key for key in expected if not isinstance(found, dict) or found.get(key) != expected[key]]
+
+
 def aside_of(path: Path) -> Path:
     """The name that a file or a folder has in this process until it is whole."""
     return path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -9,6 +9,7 @@ import tempfile
 import time
 import urllib.request
 import zipfile
+from pathlib import Path
 
 import pytest
 from conftest import frozen, tiny_pipeline
@@ -77,18 +78,25 @@ def local(url, address):
 
 
 @pytest.fixture
-def actions(tmp_path):
+def actions(tmp_path, monkeypatch):
     """What the buttons of the page of a tiny pipeline do."""
     from latent_dmmd.apps.demo import Actions
 
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     tiny_pipeline(frozen("AutoencoderKL")).save_pretrained(tmp_path / "tiny")
     return Actions({"tiny": str(tmp_path / "tiny")})
 
 
-def test_buttons_generate_take_and_inpaint(actions, tmp_path, monkeypatch):
+def test_files_for_the_page_are_gone_with_it(actions, tmp_path):
+    path = Path(actions.packed([Image.new("RGB", (4, 4))]))
+    assert path != Path(actions.packed([])) and path.is_relative_to(tmp_path)
+    actions.files.cleanup()
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_buttons_generate_take_and_inpaint(actions):
     from latent_dmmd.apps import demo
 
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     steps = []
     *shown, (grid, images, file) = actions.generate(
         "tiny", 0, 2, "approximate", demo.ANY, 1.0, 4, 2, lambda done, desc: steps.append(done)

@@ -40,3 +40,10 @@ def test_a_folder_that_can_hold_no_cache_is_named(tmp_path):
     for folder in (tmp_path / "file" / "cache", "/proc/cache"):
         with pytest.raises(OSError, match=r"cannot write into [^\n]+; pass another --data.cache_dir$"):
             begin_cache(Path(folder), {})
+
+
+@pytest.mark.parametrize("found", ["{", "[]", "null", '{"vae": 2}'])
+def test_a_manifest_of_something_else_names_what_is_other(tmp_path, found):
+    (tmp_path / "manifest.json").write_text(found)
+    told = f"the latent cache in {tmp_path} was made with another vae; delete it or pass another --data.cache_dir"
+    assert refusal(check_manifest, tmp_path, {"vae": 1}) == told

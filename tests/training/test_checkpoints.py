@@ -160,6 +160,14 @@ def test_weights_are_offered_only_where_they_fit(arguments, trained, why):
     assert "init_from" not in refusal([*arguments, *extra])
 
 
+def test_weights_are_not_offered_where_a_pipeline_holds_a_part_of_them(arguments):
+    arguments = [*arguments, "--objective.name", "mmd-gan"]
+    pipeline = train(parse_config(Config, arguments)) / "pipeline"
+    assert refusal([*arguments, "--training.seed", "5"]).endswith("; choose another --output_dir")
+    text = refusal([*arguments, "--training.init_from", str(pipeline)])
+    assert text == "training.init_from: a pipeline of mmd-gan holds a part of what is trained; leave it out"
+
+
 @pytest.mark.parametrize("where", ["file", "file/run", "file/run/again"])
 def test_an_output_that_is_a_file_or_below_one(arguments, tmp_path, where):
     (tmp_path / "file").write_text("kept")
