@@ -160,8 +160,8 @@ def test_weights_are_offered_only_where_they_fit(arguments, trained, why):
     assert "init_from" not in refusal([*arguments, *extra])
 
 
-def test_weights_are_not_offered_where_a_pipeline_holds_a_part_of_them(arguments):
-    arguments = [*arguments, "--objective.name", "mmd-gan"]
+def test_weights_are_not_offered_where_a_pipeline_holds_a_part_of_them(plain_arguments):
+    arguments = [*plain_arguments, "--objective.name", "mmd-gan"]
     pipeline = train(parse_config(Config, arguments)) / "pipeline"
     assert refusal([*arguments, "--training.seed", "5"]).endswith("; choose another --output_dir")
     text = refusal([*arguments, "--training.init_from", str(pipeline)])
