@@ -107,10 +107,11 @@ def measure_costs(comparison: Comparison) -> dict[str, dict]:
 
 
 def cost_config(comparison: Comparison, entry: str) -> Config:
-    """The configuration whose steps and sampling are measured: flow matching for an entry whose teacher is not trained
-    yet, which passes as many particles through the same network."""
+    """The configuration whose steps and sampling are measured: flow matching for an entry that learns from a pipeline,
+    which passes as many particles through the same network."""
     config = comparison.entries[entry]
-    return config if comparison.teacher(entry) is None else replace(config, objective=FlowMatchingConfig())
+    learns = getattr(config.objective, "teacher", None) is not None
+    return replace(config, objective=FlowMatchingConfig()) if learns else config
 
 
 def finish_run(comparison: Comparison, run: Run, costs: dict[str, dict], scorer: Scorer) -> None:

@@ -16,10 +16,14 @@ from latent_dmmd.experiments.report import write_report
 from latent_dmmd.experiments.scoring import Scorer, batch_sizes, context_of, score_generated, seen_by
 from latent_dmmd.experiments.stages import measure_costs, run_comparison
 from latent_dmmd.experiments.summary import score_of, summarise
+from latent_dmmd.latent_pipeline import bundled_pipelines
+from latent_dmmd.methods.flow_matching import FlowMatchingConfig
+from latent_dmmd.methods.witness_matching import WitnessMatchingConfig
 from latent_dmmd.metrics.extractors import EXTRACTORS, FeatureSpace
 from latent_dmmd.metrics.scores import density_and_coverage, frechet_distance, memorised_share
 from latent_dmmd.pipeline import load_pipeline
 from latent_dmmd.training import loop
+from latent_dmmd.training.config import parse_config
 from latent_dmmd.utils.benchmark import Cost
 from latent_dmmd.utils.errors import ConfigError
 
@@ -246,6 +250,14 @@ def test_a_teacher_that_is_not_finished_is_one_line(elsewhere):
         shutil.rmtree(Comparison(CompareConfig(**elsewhere)).export_dir / name)
     with pytest.raises(ConfigError, match="^latent-dmmd-seed-0 is needed and not finished; finish it first$"):
         run_comparison(Comparison(CompareConfig(**{**elsewhere, "only": ["one-step"]})))
+
+
+def test_an_entry_whose_teacher_is_bundled_is_measured_by_flow_matching():
+    """Its own steps would need the pairs of the teacher's flow first."""
+    comparison = Comparison(parse_config(CompareConfig, ["--config", "compare_openmoji256", "--minutes", "20"]))
+    assert comparison.entries["latent-one-step"].objective.teacher in bundled_pipelines()
+    assert isinstance(stages.cost_config(comparison, "latent-one-step").objective, FlowMatchingConfig)
+    assert isinstance(stages.cost_config(comparison, "latent-dmmd").objective, WitnessMatchingConfig)
 
 
 def test_speed_is_measured_without_a_trained_pipeline(elsewhere, finished_once):
