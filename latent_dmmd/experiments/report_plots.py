@@ -69,15 +69,16 @@ def levels(result: dict, score: str, space: str) -> dict[str, float]:
 def drawn_rows(result: dict, score: str, x_of: Callable[[dict], float | None], space: str) -> dict | None:
     """Label to x, means and errors of a score, NaN of one training seed; None where no row has an x.
 
-    x is None for rows without NFE.
+    x is None for rows without NFE. A label whose rows have no x is kept without points, so that the others have the
+    colours of the other plots.
     """
     drawn = {}
     for label in dict.fromkeys(row["label"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["label"] == label and x_of(row) is not None]
-        if rows:
-            x = [x_of(row) for row in rows] if rows[0]["nfe"] else None
-            drawn[label] = x, *means_and_errors([(row[space] if space else row)[score] for row in rows])
-    return drawn or None
+        x = [x_of(row) for row in rows if row["nfe"]]
+        scores = means_and_errors([(row[space] if space else row)[score] for row in rows])
+        drawn[label] = None if rows and not x else x, *scores
+    return drawn if any(means for _, means, _ in drawn.values()) else None
 
 
 def drawn_curves(result: dict) -> dict:

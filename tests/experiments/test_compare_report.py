@@ -13,7 +13,7 @@ from latent_dmmd.experiments.compare import GAUSSIAN, CompareConfig, Comparison
 from latent_dmmd.experiments.exports import save_grids, scored_as, write_finished
 from latent_dmmd.experiments.grids import image_grid, shown_nfe
 from latent_dmmd.experiments.report import RESULTS, write_report
-from latent_dmmd.experiments.report_plots import drawn_rows, legible, nfe_of
+from latent_dmmd.experiments.report_plots import drawn_rows, legible, nfe_of, seconds_of
 from latent_dmmd.experiments.report_table import TITLES, markdown_table, table_rows, title_of
 from latent_dmmd.experiments.summary import summarise
 from latent_dmmd.training.config import save_config
@@ -222,6 +222,16 @@ def test_a_page_without_speed_has_no_times(comparison):
     page = write_report(comparison, summarise(comparison), "")
     assert not (page.parent / "distance_time.png").exists() and (page.parent / "distance_nfe.png").exists()
     assert "| – |" in (page.parent / "table.md").read_text()
+
+
+def test_an_entry_without_a_time_leaves_the_others_their_colours(comparison):
+    """Colours follow the place of a label."""
+    path = comparison.export_dir / "speed.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "latent-dmmd exact"}))
+    times, by_nfe = (drawn_rows(summarise(comparison), "recall", x_of, "") for x_of in (seconds_of, nfe_of))
+    assert list(times) == list(by_nfe)
+    assert times["latent-dmmd exact"] == ([], [], []) and len(by_nfe["latent-dmmd exact"][0]) > 1
+    assert times["gaussian"][0] is None and len(times["latent-ddpm"][0]) > 1
 
 
 def test_labels_of_an_axis_do_not_touch():
