@@ -110,8 +110,7 @@ def cost_config(comparison: Comparison, entry: str) -> Config:
     """The configuration whose steps and sampling are measured: flow matching for an entry that learns from a pipeline,
     which passes as many particles through the same network."""
     config = comparison.entries[entry]
-    learns = getattr(config.objective, "teacher", None) is not None
-    return replace(config, objective=FlowMatchingConfig()) if learns else config
+    return replace(config, objective=FlowMatchingConfig()) if hasattr(config.objective, "teacher") else config
 
 
 def finish_run(comparison: Comparison, run: Run, costs: dict[str, dict], scorer: Scorer) -> None:
